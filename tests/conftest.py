@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: MIT
+"""Everything here runs offline, on the CPU, with random tiny models built in code.
+
+HYPOTHESIS_PROFILE=dev (the default) is quick; ci draws more examples, the same ones every time.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("dev", max_examples=30, deadline=None, suppress_health_check=slow_is_fine)
+settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True, suppress_health_check=slow_is_fine)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
