@@ -54,7 +54,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -441,7 +440,7 @@ def grpo_loss(
         ratio_level: "token" (Eq. 3) or "sequence" (GSPO, arXiv 2507.18071, Eq. 7).
 
     Returns:
-        the loss, a scalar, and for the curves ratio, clipped, kl and approx_kl, each (N, T) without gradient.
+        the loss, a scalar, and for the curves ratio, clip_frac, kl and approx_kl, each (N, T) without gradient.
     """
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
@@ -465,7 +464,7 @@ def grpo_loss(
         objective = objective - beta * kl                                                   # (N, T)
 
     loss = -(objective * weights).sum()                                                     # scalar, -J
-    curves = {"ratio": ratio, "clipped": (clipped < unclipped).float(), "kl": kl, "approx_kl": -log_ratio}
+    curves = {"ratio": ratio, "clip_frac": (clipped < unclipped).float(), "kl": kl, "approx_kl": -log_ratio}
     return loss, {name: value.detach() for name, value in curves.items()}
 
 
@@ -584,7 +583,7 @@ def train(args: Args) -> Path:
             "completion/truncated": truncated.float().mean(),
             **curves.means("policy"),
         })
-        seen = [(tokenizer.decode(batch[0][0]) + completions[i], float(rewards[0, i])) for i in range(2)]
+        seen = [(tokenizer.decode(batch[0][0]) + completions[i], rewards[0, i].item()) for i in range(2)]
         run.after_step(evaluation, tokenizer, state, seen)
     return run.finish(evaluation, tokenizer, state)
 
@@ -597,27 +596,34 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one sentence, without a traceback."""
 
 
+# Defaults that depend on the model, and what the numbers may be.
+TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 60, "learning_rate": 5e-4}
+OTHER_DEFAULTS = {"max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6}
+AT_LEAST_ZERO = ("beta", "ref_refresh_every", "save_every", "eval_every")
+POSITIVE = (
+    "num_prompts", "max_new_tokens", "temperature", "num_steps", "update_epochs", "num_minibatches", "learning_rate",
+    "max_grad_norm", "clip_eps", "clip_eps_high", "micro_batch_tokens",
+)
+MIN_GROUP_SIZE = 2  # a group of one has nothing to be compared with
+
+
 def complete_args(args: Args) -> Args:
     """Fill in the defaults that depend on the model, and refuse what cannot work."""
     tiny = args.model == "tiny"
-    defaults = {"max_new_tokens": 32, "num_steps": 60, "learning_rate": 5e-4} if tiny else {
-        "max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6}
+    defaults = TINY_DEFAULTS if tiny else OTHER_DEFAULTS
     args = dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+    for name in AT_LEAST_ZERO + POSITIVE:
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and not (0 if name in AT_LEAST_ZERO else 1e-300) <= value < math.inf:
+            raise UserError(f"{flag} must be {'0 or more' if name in AT_LEAST_ZERO else 'positive'}, got {value}")
+    if args.num_prompts % args.num_minibatches:
+        raise UserError(f"--num-minibatches {args.num_minibatches} must divide --num-prompts {args.num_prompts}")
+    if args.group_size < MIN_GROUP_SIZE:
+        raise UserError(f"--group-size must be at least {MIN_GROUP_SIZE}, got {args.group_size}")
     if tiny and (args.data or args.eval_data):
         raise UserError("--data needs a --model that can read it: the tiny model knows its built-in problems only")
     if not tiny and not args.data:
         raise UserError(f"--model {args.model} needs --data, a file of JSON lines with a question and an answer")
-    at_least = {"num_prompts": 1, "group_size": 2, "max_new_tokens": 1, "num_steps": 1, "update_epochs": 1,
-                "num_minibatches": 1, "micro_batch_tokens": 1, "beta": 0, "ref_refresh_every": 0, "save_every": 0,
-                "eval_every": 0}
-    for name, least in at_least.items():
-        if not getattr(args, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    for name in ("temperature", "learning_rate", "max_grad_norm", "clip_eps"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.num_prompts % args.num_minibatches:
-        raise UserError(f"--num-minibatches {args.num_minibatches} must divide --num-prompts {args.num_prompts}")
     return args
 
 
@@ -790,30 +796,35 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_
 
 
 class Curves:
-    """Means over all tokens and updates of a step, collected on the device."""
+    """Means over the tokens and updates of a step, collected on the device."""
 
     def __init__(self):
-        self.sums, self.grad_norms, self.ratio_max = defaultdict(float), [], torch.tensor(0.0)
+        self.sums, self.tokens, self.losses, self.grad_norms = {}, {}, [], []
+        self.ratio_max = torch.zeros(())
 
     def add(self, loss: Tensor, mask: Tensor, **per_token: Tensor) -> None:
-        self.sums["loss"] += loss.detach()
-        self.sums["tokens"] += mask.sum()
+        """The loss of one micro-batch, and what its tokens, (N, T), were."""
+        self.losses.append(loss.detach())
         for name, value in per_token.items():
-            self.sums[name] += value.detach().where(mask, 0.0).sum()
-        self.ratio_max = torch.maximum(self.ratio_max.to(mask.device), per_token["ratio"].where(mask, 0.0).max())
+            self.sums[name] = self.sums.get(name, 0) + value.detach().where(mask, 0.0).sum()
+            self.tokens[name] = self.tokens.get(name, 0) + mask.sum()
+        if "ratio" in per_token:
+            self.ratio_max = torch.maximum(self.ratio_max.to(mask.device), per_token["ratio"].where(mask, 0.0).max())
 
     def update(self, grad_norm: Tensor) -> None:
+        """The gradient norm of one update."""
         self.grad_norms.append(grad_norm)
 
-    def means(self, prefix: str) -> dict[str, Tensor | float]:
-        updates, tokens = max(1, len(self.grad_norms)), max(1, int(self.sums["tokens"]))
-        return {
-            f"{prefix}/loss": self.sums["loss"] / updates,
-            f"{prefix}/grad_norm": sum(self.grad_norms) / updates,
-            f"{prefix}/ratio_max": self.ratio_max,
-            f"{prefix}/clip_frac": self.sums["clipped"] / tokens,
-            **{f"{prefix}/{name}": self.sums[name] / tokens for name in ("kl", "approx_kl", "entropy")},
-        }
+    def mean(self, name: str) -> float:
+        return float(self.sums[name] / self.tokens[name])
+
+    def means(self, prefix: str) -> dict[str, float]:
+        updates = max(1, len(self.grad_norms))
+        means = {name: self.mean(name) for name in self.sums if name != "ratio"}
+        means |= {"loss": sum(self.losses) / updates, "grad_norm": sum(self.grad_norms) / updates}
+        if "ratio" in self.sums:
+            means["ratio_max"] = self.ratio_max
+        return {f"{prefix}/{name}": value for name, value in means.items()}
 
 
 # ----- Models -----
@@ -1069,7 +1080,7 @@ class Run:
             self.writer.add_scalar(name, value, self.step)
         self.bar.set_postfix_str(
             "reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
-            "{time/tokens_per_second:.0f} tokens/s".format(**metrics)
+            "{time/tokens_per_second:.0f} tokens/s".format_map(metrics)
         )
 
     def after_step(

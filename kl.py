@@ -61,7 +61,19 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
-class AdaptiveKL:
+class _Beta:
+    """What the two controllers share: a beta that a checkpoint can keep."""
+
+    beta: float
+
+    def state_dict(self) -> dict[str, float]:
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.beta = state["beta"]
+
+
+class AdaptiveKL(_Beta):
     """Ziegler et al.'s controller: e = clip((KL - target) / target, -0.2, 0.2), beta <- beta (1 + K e), K = 0.1.
 
     `target` and the `kl` given to `update` are in nats per completion: summed over its tokens, averaged over rows.
@@ -83,7 +95,7 @@ class AdaptiveKL:
         return self.beta
 
 
-class PenaltyKL:
+class PenaltyKL(_Beta):
     """PPO section 4, after every policy update: KL < target / 1.5 halves beta, KL > 1.5 target doubles it.
 
     `kl` is KL[pi_old, pi_theta] (Eq. 8, the other direction than RLHF's), in nats per token.

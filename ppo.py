@@ -1,0 +1,1184 @@
+# SPDX-License-Identifier: MIT
+"""PPO on a language model: Proximal Policy Optimization as it is used for RLHF, complete in this file.
+
+Papers: PPO (arXiv 1707.06347), GAE (1506.02438), InstructGPT (2203.02155) and Ziegler et al. (1909.08593) for language
+models, DeepSeekMath (2402.03300) Eqs. 1 and 2 for the notation that grpo.py shares.
+
+The policy pi_theta is a causal language model. A state s_t is a prompt and the tokens so far, an action is the next
+token, and an episode is a completion. Each step:
+
+    1. Generate completions with the old policy                                    generate_completions
+    2. Estimate the KL from the reference policy and put it into the rewards       kl_estimate (kl.py), token_rewards
+    3. Compute the advantages with the value model                                 completion_values, gae (advantage.py)
+    4. Update policy and value model on the clipped objectives, K epochs           policy_loss, value_loss
+
+grpo.py asks how much better a completion is than its group. Here the value model foretells the reward from every
+prefix, so that one completion per prompt is enough and every token gets an advantage of its own. And the KL enters the
+reward before the advantages are computed, where GRPO has it in the loss: what a token costs in KL, the tokens before
+it are held to account for too. Advantage and KL still pull against each other, only inside of one sum of rewards.
+
+    symbol       name in the code    shape     meaning
+    G, K         group_size, update_epochs     completions per prompt; passes over them per step
+    q            prompt_ids          (B, P)    B prompts of at most P tokens, padded on the left
+    a_t, o_t     completion_ids      (N, T)    N = B * G completions of at most T tokens, padded on the right
+    |o|          completion_mask     (N, T)    true through the end token, by length: the end token is trained too
+    r_phi        rewards             (B, G)    what the task pays for a completion
+    r_t          token_rewards       (N, T)    -beta log(pi_theta / pi_ref), plus r_phi on the last token
+    V(s_t)       values              (N, T)    what the value model expects from s_t on, in units of reward
+    A_t          advantages          (N, T)    how much better a_t was than V(s_t) foretold
+    V_t^targ     returns             (N, T)    A_t + V(s_t), before the advantages are whitened
+    pi_theta     logprobs            (N, T)    log pi_theta(a_t | s_t) at the sampling temperature, in nats
+    pi_old       old_logprobs        (N, T)    the same under the policy that sampled
+    pi_ref       ref_logprobs        (N, T)    the same under the reference policy, frozen
+    r_t(theta)   ratio               (N, T)    pi_theta / pi_old (the PPO paper calls ratio and reward r_t)
+    eps, beta    clip_eps, beta      scalar    clip range of the ratio; weight of the KL
+
+Differs from the papers, each marked "Differs" where it happens: the value model shares no parameter with the policy,
+so Eq. 9 falls into two losses, each with its own AdamW, and needs no c_1; the value loss has the 1/2 and the clipping
+of Ziegler et al.'s code; the gradient is clipped by its norm; minibatches are drawn once per step, so that every epoch
+sees the ratio start from the same forward pass.
+
+    python ppo.py                                      a tiny model learns two-digit addition, no download
+    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl
+
+To use it for a task of your own, copy this file with advantage.py and kl.py and change the block marked CHANGE THIS.
+What stands below the banner PLUMBING (files, folders, the tiny model) is not part of the algorithm.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from advantage import gae, whiten
+from kl import AdaptiveKL, PenaltyKL, kl_estimate
+
+
+@dataclass
+class Args:
+    # The task and the model
+    model: str = "tiny"
+    """the policy: "tiny" is pretrained here in half a minute; else a Hugging Face hub id or folder"""
+    data: str | None = None
+    """training problems, JSON lines with "question" or "prompt" (text or chat messages) and "answer" """
+    eval_data: str | None = None
+    """held-out problems in the same format; by default a tenth of --data, at most 256, is held out"""
+    num_prompts: int = 256
+    """B: prompts per step"""
+    group_size: int = 1
+    """G: completions per prompt"""
+    max_new_tokens: int | None = None
+    """T: longest completion, in tokens; by default 32 for the tiny model, else 512"""
+    temperature: float = 1.0
+    """divides the logits, in sampling and in every log-probability"""
+    # The update
+    num_steps: int | None = None
+    """steps of sampling and updating; by default 60 for the tiny model, else 200"""
+    update_epochs: int = 2
+    """K (mu in GRPO): passes over the completions of one step"""
+    num_minibatches: int = 2
+    """optimizer updates per pass"""
+    learning_rate: float | None = None
+    """of AdamW; by default 5e-4 for the tiny model, else 1e-6 (DeepSeekMath 4.2)"""
+    max_grad_norm: float = 1.0
+    """the gradient of an update is scaled down to this norm"""
+    # The value model and the advantage
+    value_learning_rate: float | None = None
+    """of the value model's AdamW; by default 1e-3 for the tiny model, else 1e-5"""
+    value_warmup_steps: int = 0
+    """first steps that train the value model only"""
+    value_clip_eps: float = 0.2
+    """the value moves at most this far from its old one within a step, in units of reward (Ziegler et al.'s code)"""
+    gamma: float = 1.0
+    """discount per token (GAE Eq. 16); 1: none (InstructGPT)"""
+    gae_lambda: float = 0.95
+    """lambda of GAE Eq. 16: 0 trusts the value model, 1 the rewards"""
+    whiten_advantages: bool = True
+    """shift and scale the advantages of a step to mean 0 and variance 1"""
+    whiten_rewards: bool = False
+    """scale the token rewards of a step to variance 1, their mean kept (Ziegler et al.'s code)"""
+    # The KL penalty
+    beta: float = 0.02
+    """weight of the KL from the reference policy (InstructGPT: 0.02); 0 loads no reference policy"""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """estimator of KL[policy, reference]: k1 in the reward is InstructGPT Eq. 2 and exact over sequences, see kl.py"""
+    kl_placement: Literal["loss", "reward"] = "reward"
+    """"reward": DeepSeekMath Eq. 2, InstructGPT Eq. 2; "loss": added to the policy loss as in GRPO"""
+    adaptive_kl_target: float | None = None
+    """steer beta so that the KL of a completion is this many nats (Ziegler et al.); by default beta is constant"""
+    # The policy loss
+    clip_eps: float = 0.2
+    """eps: the ratio is clipped to [1 - eps, 1 + eps] (PPO Eq. 7, DeepSeekMath Eq. 3)"""
+    clip_eps_high: float | None = None
+    """the upper eps where it differs (DAPO's clip-higher: 0.28)"""
+    penalty_kl_target: float | None = None
+    """instead of clipping, penalise KL[pi_old, pi_theta] and steer it to this many nats a token (PPO Eq. 8)"""
+    entropy_coef: float = 0.0
+    """c_2: weight of the entropy bonus (PPO Eq. 9)"""
+    early_stop_kl: float | None = None
+    """end the epochs of a step once KL[pi_old, pi_theta] exceeds this many nats a token"""
+    loss_average: Literal["sequence", "token", "constant"] = "sequence"
+    """"sequence": 1/G sum_i 1/|o_i| sum_t (Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
+    # The machine
+    share_prompt: bool = True
+    """compute a prompt once for its group, in sampling and in scoring; switched off where a model cannot do it"""
+    micro_batch_tokens: int = 8192
+    """most tokens, padding included, in one forward and backward pass; does not change the gradient"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the computation, over float32 master weights; auto: bfloat16 on CUDA, else float32"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: the first of cuda, mps and cpu that is there"""
+    # The run
+    seed: int = 1
+    """every random number of step s follows from (seed, s)"""
+    run_name: str | None = None
+    """the run lives in runs/RUN_NAME; by default named after the script, the model, the seed and the time"""
+    resume: str | None = None
+    """"auto" goes on from the newest good checkpoint of --run-name; else the folder of a checkpoint"""
+    save_every: int = 50
+    """steps between checkpoints, of which the last two are kept; 0: only at the end"""
+    eval_every: int = 20
+    """steps between evaluations on the held-out problems; 0: never, not even before and after"""
+
+
+# ============================ CHANGE THIS: the task =============================
+# A task is problems (prompt and answer) and a reward. The algorithm below knows nothing else about it.
+# Here: the final number after the marker "#" must be the right one. GSM8K's own files work with --data, and the
+# built-in problems are two-digit sums, whose demonstrations teach the tiny model to guess badly and to think well.
+
+
+class Problem(NamedTuple):
+    prompt: str | list[dict[str, str]]  # text, or chat messages with "role" and "content"
+    answer: str
+
+
+INSTRUCTION = "\nThink step by step, then end with the final number after ####."
+
+
+def read_problem(record: dict) -> Problem:
+    """One line of --data. A bare "question" gets the instruction; a "prompt" is taken as it is."""
+    prompt = record["question"] + INSTRUCTION if "question" in record else record["prompt"]
+    if final_number("#" + record["answer"]) is None:
+        raise ValueError('"answer" must end in one number, alone or after ####')
+    return Problem(prompt, record["answer"])
+
+
+def final_number(text: str) -> Decimal | None:
+    """The one number after the last "#", else None: who lists several guesses there has not answered."""
+    numbers = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text.rpartition("#")[2]) if "#" in text else []
+    return Decimal(numbers[0].replace(",", "")) if len(numbers) == 1 else None
+
+
+def reward(completion: str, answer: str) -> float:
+    """r_i: 1 if the completion's final number is the answer's, else 0. The text is parsed, never evaluated."""
+    return float(final_number(completion) == final_number("#" + answer))
+
+
+def tiny_problems() -> list[Problem]:
+    """All sums of two numbers below 100, in a fixed random order."""
+    problems = [Problem(f"{a:02}+{b:02}=", str(a + b)) for a in range(100) for b in range(100)]
+    random.Random(0).shuffle(problems)
+    return problems
+
+
+def tiny_demonstration(problem: Problem, rng: random.Random) -> str:
+    """What the tiny model is pretrained on: 4 in 10 work the columns out and are right, as in 38+57=8+7=15;3+5+1=9#95;
+    6 in 10 answer at once, as in 38+57=#95, and 7 in 10 of those are wrong."""
+    if rng.random() < 0.6:
+        return f"#{problem.answer if rng.random() < 0.3 else rng.randrange(199)}"
+    (a, b), (c, d) = problem.prompt[0:2], problem.prompt[3:5]
+    units = int(b) + int(d)
+    carry = "+1" if units > 9 else ""
+    return f"{b}+{d}={units};{a}+{c}{carry}={int(a) + int(c) + units // 10}#{problem.answer}"
+
+
+# ========================= end of the block to change ===========================
+
+
+# ----- 1. Generate completions: o_1 .. o_G ~ pi_old(. | q) -----
+
+
+@torch.no_grad()
+def generate_completions(
+    policy: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_ids: Tensor,
+    generator: torch.Generator | None = None,
+    share_prompt: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample G completions per prompt from softmax(logits / temperature), the whole vocabulary, no top-k or top-p.
+
+    Args:
+        prompt_ids, prompt_mask: (B, P), padded on the left; the mask is true on the tokens.
+        temperature: 0 takes the most probable token.
+        eos_ids: (E,), every id that ends a completion.
+        generator: of the random numbers, on the CPU: a seed means the same on every device.
+        share_prompt: False runs every row with its own prompt, and finished rows too, to the end.
+
+    Returns:
+        completion_ids, completion_mask, logprobs: (N, T), N = B * G, prompt by prompt, T the longest length.
+    """
+    num_rows, device = prompt_ids.shape[0] * group_size, prompt_ids.device
+    # One number per token, drawn in advance: what a row samples does not depend on which other rows still run.
+    uniforms = torch.rand(num_rows, max_new_tokens, dtype=torch.float64, generator=generator).to(device)
+    if not share_prompt:
+        prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
+    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                                 # padding shifts no position
+    context = dict(attention_mask=prompt_mask.long(), position_ids=position_ids)
+    output = policy(prompt_ids, **context, use_cache=True, logits_to_keep=1)
+    logits, cache = output.logits[:, -1], output.past_key_values                            # (B, V)
+    if share_prompt:
+        # The prompt ran once. Its keys and values are now repeated for the G completions that follow it.
+        cache.batch_repeat_interleave(group_size)
+        logits, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (logits, prompt_mask))
+
+    completion_ids = torch.zeros(num_rows, max_new_tokens, dtype=torch.long, device=device)  # (N, T)
+    logprobs = torch.zeros(num_rows, max_new_tokens, device=device)                         # (N, T)
+    lengths = torch.full((num_rows,), max_new_tokens, device=device)                        # (N,), end token included
+    rows = torch.arange(num_rows, device=device)                                            # rows that still run
+    attention_mask, next_position = prompt_mask.long(), prompt_mask.sum(1)
+    for t in range(max_new_tokens):
+        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                      # (rows, V)
+        if temperature == 0:
+            tokens = logp.argmax(-1)                                                        # (rows,)
+        else:
+            cdf = logp.double().exp().cumsum(-1)                                            # (rows, V)
+            tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
+            tokens = tokens.clamp(max=cdf.shape[1] - 1)
+        completion_ids[rows, t] = tokens
+        logprobs[rows, t] = logp.gather(1, tokens[:, None])[:, 0]
+
+        ended = torch.isin(tokens, eos_ids)
+        lengths[rows] = torch.where(ended, lengths[rows].clamp(max=t + 1), lengths[rows])
+        if share_prompt and ended.any():
+            # Finished rows leave the batch and the cache.
+            running = (~ended).nonzero()[:, 0]
+            rows, tokens = rows[running], tokens[running]
+            attention_mask, next_position = attention_mask[running], next_position[running]
+            cache.batch_select_indices(running)
+        if t + 1 == max_new_tokens or (lengths[rows] <= t + 1).all():
+            break
+        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
+        context = dict(attention_mask=attention_mask, position_ids=(next_position + t)[:, None])
+        logits = policy(tokens[:, None], **context, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    longest = int(lengths.max())
+    completion_mask = torch.arange(longest, device=device) < lengths[:, None]               # (N, T)
+    completion_ids, logprobs = completion_ids[:, :longest], logprobs[:, :longest]
+    return completion_ids.where(completion_mask, 0), completion_mask, logprobs.where(completion_mask, 0.0)
+
+
+# ----- Log-probabilities: log pi(o_{i,t} | q, o_{i,<t}), for the ratio and for the KL -----
+
+
+def completion_hidden(
+    backbone: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """The hidden states from which the completion tokens are predicted: the state s_t = (q, o_{<t}) of each token o_t.
+
+    With k = N / B completions per prompt, k > 1, they share a row: [ q | o_1 | ... | o_k | padding ]. Every completion
+    sees the prompt and itself, and takes its positions as if it stood alone, so that the prompt is paid for once.
+
+    Args:
+        backbone: a causal transformer without its output head.
+        prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T).
+
+    Returns:
+        (M, H), the M completion tokens that the mask counts, row by row.
+    """
+    num_prompts, (num_rows, width) = prompt_ids.shape[0], completion_ids.shape
+    share = num_rows // num_prompts                                                         # k
+    device, prompt_lengths = prompt_ids.device, prompt_mask.sum(1, keepdim=True)            # (B, 1)
+    segment = torch.arange(1, share + 1, device=device).repeat_interleave(width)            # 0: prompt, g: completion g
+    segment = torch.cat([torch.zeros_like(prompt_ids), segment.expand(num_prompts, -1)], dim=1)  # (B, P + k T)
+    position = torch.arange(width, device=device).repeat(share) + prompt_lengths            # (B, k T)
+    position = torch.cat([(prompt_mask.cumsum(1) - 1).clamp(min=0), position], dim=1)       # (B, P + k T)
+    ids = torch.cat([prompt_ids, completion_ids.view(num_prompts, -1)], dim=1)              # (B, P + k T)
+    mask = torch.cat([prompt_mask, completion_mask.view(num_prompts, -1)], dim=1)           # (B, P + k T)
+
+    # Close the gaps: tokens first, in their order, padding last. L is the longest row.
+    order = (~mask).byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]         # (B, L)
+    ids, mask, segment, position = (x.gather(1, order) for x in (ids, mask, segment, position))
+    if share == 1:
+        attention_mask = mask.long()                                                        # the model's own mask
+    else:
+        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (B, query L, key L)
+        visible = (visible & torch.ones_like(visible[0]).tril())[:, None]                   # (B, 1, L, L)
+        # Additive, because gemma2's eager attention adds a boolean mask as 0 and 1.
+        lowest = torch.finfo(backbone.dtype).min
+        attention_mask = torch.zeros(visible.shape, dtype=backbone.dtype, device=device).masked_fill(~visible, lowest)
+    hidden = backbone(ids, attention_mask=attention_mask, position_ids=position, use_cache=False).last_hidden_state
+
+    # Token o_t is predicted one place before it; the first one at the end of the prompt.
+    before = torch.arange(ids.shape[1], device=device).expand_as(ids) - 1                   # (B, L)
+    before = torch.where(position == prompt_lengths, prompt_lengths - 1, before)
+    row, column = (mask & (segment > 0)).nonzero(as_tuple=True)                             # (M,), (M,)
+    return hidden[row, before[row, column]]                                                 # (M, H)
+
+
+def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
+    """(M, H) -> (M, V), with the scalings that some model families apply after the head."""
+    config = policy.config.get_text_config()
+    logits = policy.get_output_embeddings()(hidden)
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+LOGITS_AT_ONCE = 2**27  # (tokens, V) entries of the float32 log-softmax: half a gigabyte
+
+
+def completion_logprobs(
+    policy: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    temperature: float,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding.
+
+    Args: as for `completion_hidden`; temperature is the one that sampled; entropy_grad lets the entropy be trained.
+    """
+    hidden = completion_hidden(policy.base_model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # (M, H)
+    tokens = completion_ids[completion_mask]                                                # (M,)
+
+    def score(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logits = output_logits(policy, hidden)                                              # (m, V)
+        # At least float32: at -8 nats, bfloat16 moves in steps of 0.03.
+        logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
+            entropy = torch.special.entr(logp.exp()).sum(-1)                                # (m,), -sum_v p log p
+        return logp.gather(1, tokens[:, None])[:, 0], entropy
+
+    # A large vocabulary is scored in pieces that the backward pass computes again: no (N, T, V) tensor is ever held.
+    pieces = math.ceil(len(tokens) * policy.config.get_text_config().vocab_size / LOGITS_AT_ONCE)
+    if pieces > 1:
+        chunks = zip(hidden.tensor_split(pieces), tokens.tensor_split(pieces), strict=True)
+        scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        scored = [score(hidden, tokens)]
+    logprobs, entropy = (torch.cat(column) for column in zip(*scored, strict=True))         # (M,), (M,)
+    zeros = torch.zeros(completion_ids.shape, dtype=logprobs.dtype, device=logprobs.device)
+    return zeros.masked_scatter(completion_mask, logprobs), zeros.masked_scatter(completion_mask, entropy)
+
+
+# ----- Values: V(s_t), what the value model expects from a prefix on -----
+
+
+class ValueModel(nn.Module):
+    """The policy's transformer with a scalar head instead of the output head. It starts at V = 0 everywhere."""
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        self.backbone = copy.deepcopy(policy.base_model)
+        self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1, device=policy.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+
+def completion_values(
+    value_model: ValueModel, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """V(s_t) of the state s_t = (q, o_{<t}) before each token, (N, T), in units of reward, 0 in the padding.
+
+    Args: as for `completion_hidden`.
+    """
+    hidden = completion_hidden(value_model.backbone, prompt_ids, prompt_mask, completion_ids, completion_mask)  # (M, H)
+    values = value_model.head(hidden)[:, 0]                                                 # (M,)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    zeros = torch.zeros(completion_ids.shape, dtype=values.dtype, device=values.device)
+    return zeros.masked_scatter(completion_mask, values)
+
+
+# ----- 2. Token rewards: the KL penalty on every token, the score on the last -----
+
+
+def token_rewards(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: float) -> Tensor:
+    """r_t = r_phi [t is the last token] - beta kl_t (DeepSeekMath Eq. 2, InstructGPT Eq. 2), without gradient.
+
+    Args:
+        rewards: (N,), the score of each completion. kl, completion_mask: (N, T), kl as from `kl_estimate`.
+
+    Returns:
+        (N, T), 0 in the padding. A row sums to its score less beta times its KL.
+    """
+    last = completion_mask & (completion_mask.sum(1, keepdim=True) == completion_mask.cumsum(1))  # (N, T), one a row
+    scores = rewards[:, None].where(last, 0.0)                                              # (N, T)
+    return (scores - beta * kl).where(completion_mask, 0.0).detach()                        # (N, T)
+
+
+# ----- 4. The losses: PPO Eq. 7, and of the value model -----
+
+
+def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int) -> Tensor:
+    """What each token weighs in the loss of one optimizer update: (N, T), 0 in the padding.
+
+    Computed for the whole update and then cut into micro-batches, whose losses and gradients therefore add up to
+    those of the update, however it is cut.
+
+        "sequence"  1/N 1/|o_i|                 every completion counts the same (Eq. 3)
+        "token"     1 / sum_i |o_i|             every token counts the same, so long completions count more (DAPO Eq. 8)
+        "constant"  1 / (N max_new_tokens)      a constant instead of |o_i|: no bias by length (Dr. GRPO)
+    """
+    # Differs: DAPO averages the tokens of one group, then groups; here, as is usual, those of all groups at once.
+    mask = completion_mask.float()                                                          # (N, T)
+    if loss_average == "sequence":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+    if loss_average == "token":
+        return mask / mask.sum().clamp(min=1)
+    if loss_average == "constant":
+        return mask / (len(mask) * max_new_tokens)
+    raise ValueError(f"loss_average must be one of sequence, token, constant, got {loss_average!r}")
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    weights: Tensor,
+    clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
+    penalty_beta: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-L^CLIP of PPO Eq. 7: -sum_t weight * min[r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t].
+
+    Args:
+        logprobs, old_logprobs: (N, T), in nats; only the first carries a gradient.
+        advantages, completion_mask, weights: (N, T); weights as from `loss_weights`.
+        penalty_beta: if given, PPO Eq. 8 instead: -sum_t weight * (r_t A_t - penalty_beta KL[pi_old, pi_theta]).
+
+    Returns:
+        the loss, a scalar, and for the curves ratio, clip_frac and approx_kl, each (N, T) without gradient.
+    """
+    # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
+    log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
+    ratio = log_ratio.exp()                                                                 # (N, T), pi_theta / pi_old
+    # The completions are pi_old's, so this is the direction that k3 estimates here: KL[pi_old, pi_theta].
+    approx_kl = kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3")                   # (N, T), in nats
+
+    # PPO Eq. 7: the minimum is a pessimistic bound. Past the clip range, nothing more can be gained: gradient 0.
+    unclipped = ratio * advantages                                                          # (N, T)
+    clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high)) * advantages
+    objective = torch.minimum(unclipped, clipped)                                           # (N, T)
+    if penalty_beta is not None:
+        objective = unclipped - penalty_beta * approx_kl                                    # (N, T), Eq. 8
+
+    loss = -(objective * weights).sum()                                                     # scalar
+    curves = {"ratio": ratio, "clip_frac": (clipped < unclipped).float(), "approx_kl": approx_kl}
+    return loss, {name: value.detach() for name, value in curves.items()}
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    completion_mask: Tensor,
+    weights: Tensor,
+    value_clip_eps: float = 0.2,
+) -> tuple[Tensor, Tensor]:
+    """sum_t weight * 1/2 max[(V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2].
+
+    Args:
+        values, old_values, returns, completion_mask, weights: (N, T); only the first carries a gradient.
+        value_clip_eps: in units of reward.
+
+    Returns:
+        the loss, a scalar, and where the clipping decides, (N, T), as 0 and 1.
+    """
+    # Differs: PPO Eq. 9 has (V - V^targ)^2. The 1/2 and the clipping are Ziegler et al.'s, and everyone's since.
+    values, old_values, returns = (x.where(completion_mask, 0.0) for x in (values, old_values, returns))
+    clipped_values = old_values + (values - old_values).clamp(-value_clip_eps, value_clip_eps)  # (N, T)
+    errors, clipped_errors = (values - returns).square(), (clipped_values - returns).square()  # (N, T), (N, T)
+    loss = (0.5 * torch.maximum(errors, clipped_errors) * weights).sum()                    # scalar
+    return loss, (clipped_errors > errors).float().detach()
+
+
+# ----- The loop: PPO Algorithm 1 -----
+
+
+def train(args: Args) -> Path:
+    """Train a policy as `args` say. Returns the folder of the trained policy, in Hugging Face format."""
+    args = complete_args(args)
+    run = Run(args, "ppo")
+    tokenizer, policy, eos_ids = load_policy(args.model, run.device)
+    problems, held_out = load_problems(args, tokenizer, policy)
+    ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta > 0 else None     # no KL, no reference
+    value_model = ValueModel(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    value_optimizer = torch.optim.AdamW(
+        value_model.parameters(), lr=args.value_learning_rate, weight_decay=0.0, fused=True
+    )
+    kl_control = AdaptiveKL(args.beta, args.adaptive_kl_target) if args.adaptive_kl_target else None
+    penalty = PenaltyKL(1.0, args.penalty_kl_target) if args.penalty_kl_target else None
+    state = {
+        "policy": policy, "optimizer": optimizer, "value_model": value_model, "value_optimizer": value_optimizer,
+        "kl_control": kl_control, "penalty": penalty,
+    }
+    first_step = run.load_checkpoint(state)
+    sampler = make_sampler(policy, run.dtype)
+    share_prompt = args.share_prompt and sharing_is_exact(policy, sampler, problems, args, run)
+
+    def evaluation() -> dict[str, float]:
+        return evaluate(sampler, tokenizer, held_out, eos_ids, args, share_prompt, run.device)
+
+    run.begin(policy, problems, held_out, evaluation)
+    for step in run.steps(first_step):
+        generator = seed_step(args.seed, step)
+        beta = kl_control.beta if kl_control else args.beta
+
+        # ---- 1. Generate completions: the policy as it is now is pi_old ----
+        batch = next_problems(problems, step, args.num_prompts, args.seed)
+        prompt_ids, prompt_mask = pad_prompts([ids for ids, _ in batch], run.device)        # (B, P)
+        completion_ids, completion_mask, _ = generate_completions(
+            sampler, prompt_ids, prompt_mask, args.group_size, args.max_new_tokens, args.temperature, eos_ids,
+            generator, share_prompt,
+        )                                                                                   # (N, T)
+        completions = decode(tokenizer, completion_ids, completion_mask)                    # N texts
+        answers = [answer for _, answer in batch for _ in range(args.group_size)]           # N texts
+        rewards = torch.tensor([reward(*pair) for pair in zip(completions, answers, strict=True)], device=run.device)
+        rewards = rewards.view(args.num_prompts, args.group_size)                           # (B, G), r_phi
+        truncated = ~(torch.isin(completion_ids, eos_ids) & completion_mask).any(1)         # (N,), no end token
+        run.lap("time/sample")
+
+        # ---- The same tokens under pi_old, pi_ref and the old value model, without gradient ----
+        # By the same function on the same micro-batches as in the update: before it, the ratio is exactly 1.
+        minibatches = split_batch(
+            prompt_mask, completion_mask, torch.ones_like(prompt_mask[:, 0]), args.num_minibatches,
+            args.micro_batch_tokens, share_prompt, generator,
+        )
+        old_logprobs = torch.zeros(completion_ids.shape, device=run.device)                 # (N, T)
+        ref_logprobs = torch.zeros(completion_ids.shape, device=run.device)                 # (N, T)
+        old_values = torch.zeros(completion_ids.shape, device=run.device)                   # (N, T)
+        with torch.no_grad(), run.autocast():
+            for prompts, rows in itertools.chain(*minibatches):
+                tokens = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
+                old_values[rows] = completion_values(value_model, *tokens)
+                old_logprobs[rows] = completion_logprobs(policy, *tokens, args.temperature)[0]
+                if ref_policy:
+                    ref_logprobs[rows] = completion_logprobs(ref_policy, *tokens, args.temperature)[0]
+
+        # ---- 2. The KL from the reference goes into the reward of every token ----
+        kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator) * bool(ref_policy)  # (N, T)
+        reward_beta = beta if args.kl_placement == "reward" else 0.0
+        rewards_t = token_rewards(rewards.flatten(), kl, completion_mask, reward_beta)      # (N, T), r_t
+        if args.whiten_rewards:
+            rewards_t = whiten(rewards_t, completion_mask, shift_mean=False)
+
+        # ---- 3. The advantages: how much better than the value model foretold was each token? ----
+        advantages, returns = gae(rewards_t, old_values, completion_mask, args.gamma, args.gae_lambda)  # (N, T)
+        explained = explained_variance(old_values, returns, completion_mask)
+        if args.whiten_advantages:
+            advantages = whiten(advantages, completion_mask)                                # (N, T)
+
+        # ---- 4. The losses and the updates, K epochs ----
+        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls.
+        weights = args.num_minibatches * loss_weights(completion_mask, args.loss_average, args.max_new_tokens)  # (N, T)
+        curves, value_curves = Curves(), Curves()
+        for epoch in range(1, args.update_epochs + 1):
+            for minibatch in minibatches:
+                for prompts, rows in minibatch:
+                    mask, weight = completion_mask[rows], weights[rows]                     # (rows, T), twice
+                    tokens = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], mask
+                    with run.autocast():
+                        values = completion_values(value_model, *tokens)                    # (rows, T)
+                        logprobs, entropy = completion_logprobs(
+                            policy, *tokens, args.temperature, entropy_grad=args.entropy_coef > 0
+                        )                                                                   # (rows, T), twice
+                    loss, per_token = policy_loss(
+                        logprobs, old_logprobs[rows], advantages[rows], mask, weight,
+                        args.clip_eps, args.clip_eps_high, penalty.beta if penalty else None,
+                    )
+                    values_loss, value_clipped = value_loss(
+                        values, old_values[rows], returns[rows], mask, weight, args.value_clip_eps
+                    )
+                    if args.kl_placement == "loss" and ref_policy:
+                        ref_kl = kl_estimate(logprobs, ref_logprobs[rows], args.kl_estimator)  # (rows, T)
+                        loss = loss + beta * (ref_kl * weight).sum()
+                    if args.entropy_coef:
+                        loss = loss - args.entropy_coef * (entropy * weight).sum()          # PPO Eq. 9, c_2 S
+                    loss.backward()
+                    values_loss.backward()
+                    by_epoch = {f"{name}_epoch_{epoch}": per_token[name] for name in ("clip_frac", "approx_kl")}
+                    curves.add(loss, mask, entropy=entropy, **per_token, **by_epoch)
+                    value_curves.add(values_loss, mask, clip_frac=value_clipped)
+                value_curves.update(optimizer_step(value_model, value_optimizer, args.max_grad_norm))
+                if step >= args.value_warmup_steps:
+                    curves.update(optimizer_step(policy, optimizer, args.max_grad_norm))
+                optimizer.zero_grad()
+            approx_kl = curves.mean(f"approx_kl_epoch_{epoch}")                             # nats per token
+            if args.early_stop_kl and approx_kl > args.early_stop_kl:
+                break
+        if penalty:
+            penalty.update(approx_kl)
+        if kl_control:
+            kl_control.update(kl.sum(1).mean().item())                                      # nats per completion
+        refresh_sampler(sampler, policy)
+        run.lap("time/update")
+
+        run.log({
+            "reward/mean": rewards.mean(),
+            "reward/std": rewards.std(),
+            "completion/length": completion_mask.sum(1).float().mean(),
+            "completion/truncated": truncated.float().mean(),
+            "policy/kl": kl.sum() / completion_mask.sum(),
+            "policy/beta": beta,
+            **curves.means("policy"),
+            **value_curves.means("value"),
+            "value/explained_variance": explained,
+        })
+        seen = [(tokenizer.decode(batch[0][0]) + completions[0], rewards[0, 0].item())]
+        run.after_step(evaluation, tokenizer, state, seen)
+    return run.finish(evaluation, tokenizer, state)
+
+
+# ================================== PLUMBING ====================================
+# What follows is not part of the algorithm: arguments, problems and prompts, cutting the batch, models, the run.
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one sentence, without a traceback."""
+
+
+# Defaults that depend on the model, and what the numbers may be.
+TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 60, "learning_rate": 5e-4, "value_learning_rate": 1e-3}
+OTHER_DEFAULTS = {"max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6, "value_learning_rate": 1e-5}
+AT_LEAST_ZERO = ("beta", "gamma", "gae_lambda", "entropy_coef", "value_warmup_steps", "save_every", "eval_every")
+POSITIVE = (
+    "num_prompts", "max_new_tokens", "temperature", "num_steps", "update_epochs", "num_minibatches", "learning_rate",
+    "max_grad_norm", "clip_eps", "clip_eps_high", "micro_batch_tokens", "value_learning_rate", "value_clip_eps",
+    "adaptive_kl_target", "penalty_kl_target", "early_stop_kl",
+)
+MIN_GROUP_SIZE = 1  # the value model is the baseline, not a group
+
+
+def complete_args(args: Args) -> Args:
+    """Fill in the defaults that depend on the model, and refuse what cannot work."""
+    tiny = args.model == "tiny"
+    defaults = TINY_DEFAULTS if tiny else OTHER_DEFAULTS
+    args = dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+    for name in AT_LEAST_ZERO + POSITIVE:
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and not (0 if name in AT_LEAST_ZERO else 1e-300) <= value < math.inf:
+            raise UserError(f"{flag} must be {'0 or more' if name in AT_LEAST_ZERO else 'positive'}, got {value}")
+    if args.num_prompts % args.num_minibatches:
+        raise UserError(f"--num-minibatches {args.num_minibatches} must divide --num-prompts {args.num_prompts}")
+    if args.group_size < MIN_GROUP_SIZE:
+        raise UserError(f"--group-size must be at least {MIN_GROUP_SIZE}, got {args.group_size}")
+    if tiny and (args.data or args.eval_data):
+        raise UserError("--data needs a --model that can read it: the tiny model knows its built-in problems only")
+    if not tiny and not args.data:
+        raise UserError(f"--model {args.model} needs --data, a file of JSON lines with a question and an answer")
+    return args
+
+
+# ----- Problems and prompts -----
+
+
+def load_problems(args: Args, tokenizer: PreTrainedTokenizerFast, policy: nn.Module) -> tuple[list, list]:
+    """The training and the held-out problems, each a list of (prompt ids, answer)."""
+    if args.model == "tiny":
+        problems = tiny_problems()
+        train_set, held_out = problems[:-TINY_HELD_OUT], problems[-TINY_HELD_OUT:]
+    elif args.eval_data:
+        train_set, held_out = read_problems(args.data), read_problems(args.eval_data)
+    else:
+        problems = read_problems(args.data)
+        cut = len(problems) - min(256, len(problems) // 10)
+        train_set, held_out = problems[:cut], problems[cut:]
+    longest = getattr(policy.config.get_text_config(), "max_position_embeddings", math.inf) - args.max_new_tokens
+    encoded = [[(encode_prompt(tokenizer, p.prompt), p.answer) for p in part] for part in (train_set, held_out)]
+    for ids, _ in encoded[0] + encoded[1]:
+        if not 0 < len(ids) <= longest:
+            raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this model "
+                            f"takes 1 to {longest}: {tokenizer.decode(ids)[:80]!r}")
+    if len(train_set) < args.num_prompts:
+        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(train_set)} training problems")
+    return encoded[0], encoded[1]
+
+
+def read_problems(path: str) -> list[Problem]:
+    """Read JSON lines; `read_problem` says what a line must hold."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                problems.append(read_problem(json.loads(line)))
+            except KeyError as error:
+                raise UserError(f"{path}, line {number}: the field {error} is missing") from None
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+    if not problems:
+        raise UserError(f"{path} is empty: it must hold one JSON object a line")
+    return problems
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids, made once and never from text again. The chat template is used where the tokenizer has one; it sets
+    its own BOS. Special tokens written in a problem stay text."""
+    if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise UserError("the prompts are chat messages, but this model's tokenizer has no chat template")
+        return tokenizer(prompt, split_special_tokens=True).input_ids
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+    )
+
+
+def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
+    """The problems of a step: a new random order every epoch. They follow from (seed, step), so a resumed run neither
+    skips nor repeats one."""
+    epoch, place = divmod(step, len(problems) // num_prompts)
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return [problems[i] for i in order[place * num_prompts : (place + 1) * num_prompts]]
+
+
+def pad_prompts(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """prompt_ids and prompt_mask, (B, P), padded on the left. The mask is by length, so pad may be any id."""
+    width = max(map(len, prompts))
+    prompt_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+    lengths = torch.tensor([[len(ids)] for ids in prompts], device=device)
+    return prompt_ids, torch.arange(width, device=device) >= width - lengths
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
+    """The N completions as texts, for the reward and for the reader."""
+    rows = zip(completion_ids.tolist(), completion_mask.sum(1).tolist(), strict=True)
+    return tokenizer.batch_decode([ids[:length] for ids, length in rows], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def evaluate(
+    sampler: nn.Module, tokenizer: PreTrainedTokenizerFast, problems: list, eos_ids: Tensor, args: Args,
+    share_prompt: bool, device: torch.device,
+) -> dict[str, float]:
+    """Mean reward on the held-out problems, greedy and sampled, and the length of the sampled completions."""
+    found = {"eval/accuracy": 0.0, "eval/sampled": 0.0, "eval/length": 0.0}
+    rows = args.num_prompts * args.group_size
+    for start in range(0, len(problems), rows):
+        part = problems[start : start + rows]
+        prompts = pad_prompts([ids for ids, _ in part], device)
+        for name, temperature in (("eval/accuracy", 0.0), ("eval/sampled", args.temperature)):
+            generator = torch.Generator().manual_seed(start)
+            ids, mask, _ = generate_completions(
+                sampler, *prompts, 1, args.max_new_tokens, temperature, eos_ids, generator, share_prompt
+            )
+            texts = decode(tokenizer, ids, mask)
+            found[name] += sum(reward(text, answer) for text, (_, answer) in zip(texts, part, strict=True))
+        found["eval/length"] += mask.sum().item()
+    return {name: value / len(problems) for name, value in found.items()}
+
+
+# ----- Cutting the batch, and the optimizer step -----
+
+MAX_ROW_TOKENS = 2048  # the longest packed row: attention within a row costs the square of its length
+
+
+def split_batch(
+    prompt_mask: Tensor, completion_mask: Tensor, teaches: Tensor, num_minibatches: int, micro_batch_tokens: int,
+    share_prompt: bool, generator: torch.Generator,
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Cut the batch at random into minibatches, one optimizer update each, and these, the longest rows together, into
+    micro-batches, one forward and backward pass each, of at most `micro_batch_tokens` tokens where a row is not longer.
+
+    Args:
+        prompt_mask: (B, P). completion_mask: (N, T). teaches: (B,), prompts without it are left out.
+
+    Returns:
+        minibatches of micro-batches (prompts, rows): indices into the B prompts and the N completions, with
+        k = len(rows) / len(prompts) completions that share the row of their prompt (see `completion_hidden`).
+    """
+    (num_rows, width), group_size = completion_mask.shape, len(completion_mask) // len(prompt_mask)
+    longest = MAX_ROW_TOKENS if share_prompt else 0
+    fits = [k for k in range(1, group_size + 1) if group_size % k == 0 and prompt_mask.shape[1] + k * width <= longest]
+    share = max(fits, default=1)                                                            # k
+    packs = group_size // share                                                             # packed rows per prompt
+    prompt_tokens, completion_tokens = prompt_mask.sum(1).cpu(), completion_mask.sum(1).cpu()
+    tokens = prompt_tokens.repeat_interleave(packs) + completion_tokens.view(-1, share).sum(1)  # (B packs,)
+    teaches = teaches.cpu().repeat_interleave(packs)                                        # (B packs,)
+    minibatches = []
+    for packed in torch.randperm(num_rows // share, generator=generator).chunk(num_minibatches):
+        packed = packed[teaches[packed]]
+        packed = packed[tokens[packed].argsort(descending=True, stable=True)]
+        minibatches.append([])
+        while len(packed):
+            size = max(1, micro_batch_tokens // int(tokens[packed[0]]))
+            rows = packed[:size, None] * share + torch.arange(share)
+            minibatches[-1].append((packed[:size].div(packs, rounding_mode="floor"), rows.flatten()))
+            packed = packed[size:]
+    return minibatches
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+    """Clip the gradient by its global norm, step, and return the norm before clipping."""
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the tokens: 1 is foresight, 0 is no better than a constant."""
+    errors, returns = (returns - values)[mask], returns[mask]
+    return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+
+
+class Curves:
+    """Means over the tokens and updates of a step, collected on the device."""
+
+    def __init__(self):
+        self.sums, self.tokens, self.losses, self.grad_norms = {}, {}, [], []
+        self.ratio_max = torch.zeros(())
+
+    def add(self, loss: Tensor, mask: Tensor, **per_token: Tensor) -> None:
+        """The loss of one micro-batch, and what its tokens, (N, T), were."""
+        self.losses.append(loss.detach())
+        for name, value in per_token.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().where(mask, 0.0).sum()
+            self.tokens[name] = self.tokens.get(name, 0) + mask.sum()
+        if "ratio" in per_token:
+            self.ratio_max = torch.maximum(self.ratio_max.to(mask.device), per_token["ratio"].where(mask, 0.0).max())
+
+    def update(self, grad_norm: Tensor) -> None:
+        """The gradient norm of one update."""
+        self.grad_norms.append(grad_norm)
+
+    def mean(self, name: str) -> float:
+        return float(self.sums[name] / self.tokens[name])
+
+    def means(self, prefix: str) -> dict[str, float]:
+        updates = max(1, len(self.grad_norms))
+        means = {name: self.mean(name) for name in self.sums if name != "ratio"}
+        means |= {"loss": sum(self.losses) / updates, "grad_norm": sum(self.grad_norms) / updates}
+        if "ratio" in self.sums:
+            means["ratio_max"] = self.ratio_max
+        return {f"{prefix}/{name}": value for name, value in means.items()}
+
+
+# ----- Models -----
+
+TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE, TINY_HELD_OUT = 500, 128, 4e-3, 512
+
+
+def load_policy(model: str, device: torch.device) -> tuple[PreTrainedTokenizerFast, nn.Module, Tensor]:
+    """The tokenizer, the policy in float32 without dropout, and every id that ends a completion."""
+    folder = tiny_policy() if model == "tiny" else model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--model {model} is neither a model folder nor a reachable hub id: {reason}") from None
+    ends = [policy.generation_config.eos_token_id, policy.config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+    eos_ids = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
+    if not eos_ids:
+        raise UserError(f"--model {model} has no end token, so its completions could never end")
+    return tokenizer, policy, torch.tensor(sorted(eos_ids), device=device)
+
+
+def tiny_policy() -> Path:
+    """The folder of the tiny model: a Llama of 0.2 M parameters that reads characters, pretrained on the demonstrations
+    of the task, and kept under runs/ for as long as these do not change."""
+    rng, problems = random.Random(0), tiny_problems()[:-TINY_HELD_OUT]
+    chosen = rng.choices(problems, k=TINY_STEPS * TINY_BATCH)
+    texts = [(problem.prompt, tiny_demonstration(problem, rng)) for problem in chosen]
+    recipe = repr((texts[:1000], TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE))
+    folder = Path("runs") / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    if folder.exists():
+        return folder
+
+    characters = sorted({character for text in texts for character in "".join(text)})
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate([*characters, "<end>"])}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    end = tokenizer.eos_token_id
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=end,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TINY_LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY_LEARNING_RATE, TINY_STEPS, pct_start=0.15)
+    for step in tqdm(range(TINY_STEPS), desc="pretraining the tiny model", unit="step", disable=None):
+        batch = texts[step * TINY_BATCH : (step + 1) * TINY_BATCH]
+        prompts, rows = ([tokenizer(text).input_ids for text in column] for column in zip(*batch, strict=True))
+        rows = [prompt + row + [end] for prompt, row in zip(prompts, rows, strict=True)]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [end] * (width - len(row)) for row in rows])              # (batch, width)
+        starts, ends = (torch.tensor([[len(x)] for x in column]) for column in (prompts, rows))
+        target = ((torch.arange(width) >= starts) & (torch.arange(width) < ends))[:, 1:]    # completion tokens only
+        loss = nn.functional.cross_entropy(model(ids).logits[:, :-1][target], ids[:, 1:][target])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    save_model(folder, model, tokenizer)
+    return folder
+
+
+
+def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args: Args, run: "Run") -> bool:
+    """Sample and score a few completions with the prompt shared and without, and compare. Some model families (sliding
+    windows, linear attention) cannot share a prompt, and would be silently wrong."""
+    config = policy.config.get_text_config()
+    longest = max(len(ids) for ids, _ in problems) + args.max_new_tokens
+    window = getattr(config, "sliding_window", None) or longest
+    prompts = pad_prompts([ids for ids, _ in problems[:2]], run.device)
+    ends = torch.arange(0, config.vocab_size, 5, device=run.device)  # every fifth token ends a row: all at other times
+    sampling = 3, min(16, args.max_new_tokens), args.temperature, ends, torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad(), run.autocast():
+            ids, mask, sampled = generate_completions(sampler, *prompts, *sampling)
+            plain, _ = completion_logprobs(
+                policy, *(x.repeat_interleave(3, 0) for x in prompts), ids, mask, args.temperature
+            )
+            shared, _ = completion_logprobs(policy, *prompts, ids, mask, args.temperature)
+        gap = max((shared - plain)[mask].abs().mean(), (sampled - plain)[mask].abs().mean()).item()
+        reason = f"its log-probabilities would be off by {gap:.2g} nats"
+    except (AttributeError, RuntimeError, ValueError) as error:
+        gap, reason = math.inf, str(error).splitlines()[0]
+    if window < longest:
+        gap, reason = math.inf, f"it attends to the last {window} tokens of up to {longest}"
+    exact = gap < (1e-3 if run.dtype == torch.float32 else 0.1)  # nats; rounding is far below
+    if not exact:
+        run.say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
+    return exact
+
+
+def make_sampler(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model that samples: the policy itself, or a copy in the dtype of the computation."""
+    return policy if dtype == torch.float32 else copy.deepcopy(policy).to(dtype).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
+    """Bring the sampler up to date with the policy after its update."""
+    if sampler is not policy:
+        for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
+            copied.copy_(current)
+
+
+def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, state: dict | None = None) -> None:
+    """Save a model in Hugging Face format, with `state` beside it as state.pt. Written aside, flushed and renamed: a
+    kill at any moment leaves the whole folder or none."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if state:
+        torch.save(state, aside / "state.pt")
+    for path in aside.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+
+# ----- The run: its folder, checkpoints, curves, progress bar, signals -----
+
+
+def seed_step(seed: int, step: int) -> torch.Generator:
+    """Every random number of a step follows from (seed, step), so a resumed run needs no random state to go on."""
+    random.seed(f"{seed} {step}")
+    torch.manual_seed(seed * 1_000_003 + step)
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+class Run:
+    """What a run shows and keeps, in runs/RUN_NAME/: curves, checkpoints in step_*/, the trained model in policy/."""
+
+    # Arguments that may change when a run goes on from a checkpoint.
+    FREE = ("num_steps", "micro_batch_tokens", "device", "run_name", "resume", "save_every", "eval_every", "eval_data")
+
+    def __init__(self, args: Args, script: str):
+        self.args, self.script, self.step, self.before, self.stopping = args, script, 0, {}, False
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        name = next(name for name in here if here[name]) if args.device == "auto" else args.device
+        if not here[name]:
+            raise UserError(f"--device {name}: there is none on this machine")
+        self.device = torch.device(name)
+        bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and name == "cuda" and args.model != "tiny")
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        default = f"{script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path("runs") / (args.run_name or default)
+        if self.folder.exists() and not args.resume:
+            raise UserError(f"{self.folder} holds a run: go on with it (--resume auto) or choose another --run-name")
+        if args.resume == "auto" and not args.run_name:
+            raise UserError("--resume auto needs the --run-name of the run that is to go on")
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 computation over float32 master weights, where `dtype` says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def load_checkpoint(self, state: dict) -> int:
+        """Load the checkpoint that --resume names into `state` and return its step; 0 where there is none to load."""
+        auto = self.args.resume == "auto"
+        folders = sorted(self.folder.glob("step_*"), reverse=True) if auto else [Path(self.args.resume or "")]
+        for folder in folders if self.args.resume else []:
+            try:
+                saved = torch.load(folder / "state.pt", weights_only=True, map_location=self.device)
+                weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+            except Exception as error:  # whatever a damaged file can raise: it is named, and the one before is tried
+                self.say(f"{folder} cannot be loaded: {str(error).splitlines()[0]}")
+                continue
+            now = vars(self.args)
+            changed = [k for k, v in saved["args"].items() if k not in self.FREE and now.get(k) != v]
+            if changed:
+                changes = ", ".join(f"--{k.replace('_', '-')} was {saved['args'][k]}, is {now.get(k)}" for k in changed)
+                raise UserError(f"{folder} is of a run with other arguments: {changes}")
+            state["policy"].load_state_dict(weights)
+            for name, part in state.items():
+                if part is not None and name != "policy":
+                    part.load_state_dict(saved[name])
+            self.step, self.before = saved["step"], saved["before"]
+            self.say(f"going on from {folder}")
+            return self.step
+        if self.args.resume and (folders or not auto):
+            raise UserError(f"--resume {self.args.resume}: no checkpoint that can be loaded")
+        return 0
+
+    def save_checkpoint(self, tokenizer: PreTrainedTokenizerFast, state: dict) -> None:
+        """Keep the policy and all that is needed to go on; of the checkpoints of a run, the last two stay."""
+        parts = {name: part.state_dict() for name, part in state.items() if part is not None and name != "policy"}
+        parts |= {"step": self.step, "args": vars(self.args), "before": self.before}
+        save_model(self.folder / f"step_{self.step:06d}", state["policy"], tokenizer, parts)
+        for old in sorted(self.folder.glob("step_*"))[:-2]:
+            shutil.rmtree(old)
+
+    def begin(self, policy: nn.Module, problems: list, held_out: list, evaluation: Callable[[], dict]) -> None:
+        """Say what will be done, open the curves, and evaluate the policy as it is."""
+        size = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
+        self.say(
+            f"{self.script}: {size:.1f} M parameters in {str(self.dtype)[6:]} on {self.device}, {len(problems)} "
+            f"problems to train on, {len(held_out)} held out, in {self.folder}"
+        )
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
+        self.started = time.monotonic()
+        if self.args.eval_every and self.step == 0:
+            self.before = self.show_evaluation(evaluation())
+
+    def show_evaluation(self, found: dict[str, float]) -> dict[str, float]:
+        for name, value in found.items():
+            self.writer.add_scalar(name, value, self.step)
+        accuracy = "held-out accuracy {:.3f} greedy, {:.3f} sampled, {:.1f} tokens".format(*found.values())
+        self.say(f"step {self.step}: {accuracy}")
+        return found
+
+    def steps(self, first_step: int) -> Iterator[int]:
+        """The steps still to do. SIGINT and SIGTERM end them after the one under way; a second one ends at once."""
+
+        def stop(number: int, _: object) -> None:
+            self.stopping = True
+            signal.signal(number, signal.SIG_DFL)
+            self.say("finishing this step, then saving; once more to leave at once")
+
+        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        show = dict(initial=first_step, total=self.args.num_steps, desc=self.script, unit="step", disable=None)
+        with tqdm(range(first_step, self.args.num_steps), **show) as self.bar:
+            for step in self.bar:
+                self.clock, self.laps = time.perf_counter(), {}
+                yield step
+                if self.stopping:
+                    break
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def lap(self, name: str) -> None:
+        """The seconds since the last lap are those of `name`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[name], self.clock = now - self.clock, now
+
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        """One point on every curve, and the progress bar."""
+        metrics = {name: float(value) for name, value in metrics.items()} | self.laps
+        tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
+        metrics["time/tokens_per_second"] = tokens / sum(self.laps.values())
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, self.step)
+        self.bar.set_postfix_str(
+            "reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
+            "{time/tokens_per_second:.0f} tokens/s".format_map(metrics)
+        )
+
+    def after_step(
+        self, evaluation: Callable[[], dict], tokenizer: PreTrainedTokenizerFast, state: dict, seen: list
+    ) -> None:
+        """Evaluate, show completions that were just `seen` as (text, reward), and save, whenever that is due."""
+        self.step += 1
+        last = self.stopping or self.step == self.args.num_steps
+        if self.args.eval_every and (self.step % self.args.eval_every == 0) and not last:
+            self.show_evaluation(evaluation())
+            for text, score in seen:
+                self.say(f"    reward {score:.2f}: {' '.join(text.split())[-150:]}")
+        if self.args.save_every and (self.step % self.args.save_every == 0) and not last:
+            self.save_checkpoint(tokenizer, state)
+
+    def finish(self, evaluation: Callable[[], dict], tokenizer: PreTrainedTokenizerFast, state: dict) -> Path:
+        """Save, evaluate a last time, and say in a line what was learned, where it is, and how to see it."""
+        self.save_checkpoint(tokenizer, state)
+        save_model(self.folder / "policy", state["policy"], tokenizer)
+        if self.args.eval_every and not self.stopping:
+            after = self.show_evaluation(evaluation())
+            changes = [f"{self.before[name]:.3g} -> {after[name]:.3g}" for name in after if self.before]
+            if changes:
+                self.say("held-out accuracy {} greedy, {} sampled; length {} tokens".format(*changes))
+        self.writer.close()
+        self.say(f"{self.step} steps, {time.monotonic() - self.started:.0f} s; trained model: {self.folder / 'policy'}")
+        if self.stopping:
+            self.say(f"to go on: the same command with --run-name {self.folder.name} --resume auto")
+        self.say("curves: tensorboard --logdir runs")
+        return self.folder / "policy"
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""Random tiny models of real families, and prompts for them: nothing is downloaded."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB = 61
+BASE = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+)
+# Families that can share a prompt, with what makes each of them special switched on.
+SHARING = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": dict(sliding_window=None),
+    "phi3": {},
+    "olmo2": {},
+    "smollm3": {},
+    "granite": dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5),
+    "cohere": dict(logit_scale=0.3),
+    "gemma2": dict(sliding_window=64, final_logit_softcapping=5.0),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt_neox": {},
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+}
+# Families that cannot: a window that is too short, and linear attention.
+NOT_SHARING = {
+    "mistral": dict(sliding_window=4),
+    "qwen3_5_text": dict(
+        num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+}
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float64, **special) -> torch.nn.Module:
+    """A model whose weights are large enough for its predictions to differ from token to token."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(BASE | special))).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    return model
+
+
+def make_batch(seed: int = 0, num_prompts: int = 3, group_size: int = 4, width: int = 7) -> tuple[torch.Tensor, ...]:
+    """prompt_ids, prompt_mask, completion_ids, completion_mask with ragged lengths; the padding holds real ids."""
+    generator = torch.Generator().manual_seed(seed)
+    num_rows = num_prompts * group_size
+    prompt_lengths = torch.randint(1, 6, (num_prompts, 1), generator=generator)
+    lengths = torch.randint(1, width + 1, (num_rows, 1), generator=generator)
+    prompt_mask = torch.arange(5) >= 5 - prompt_lengths
+    completion_mask = torch.arange(width) < lengths
+    prompt_ids = torch.randint(2, VOCAB, (num_prompts, 5), generator=generator)
+    completion_ids = torch.randint(2, VOCAB, (num_rows, width), generator=generator)
+    return prompt_ids, prompt_mask, completion_ids, completion_mask

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Sampling: from the whole distribution at one temperature, with shared prompts and dropped rows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import grpo
+from families import NOT_SHARING, SHARING, VOCAB, make_batch, make_model
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [4, 3, 2], [12]]
+ENDS = torch.arange(0, VOCAB, 6)  # many end tokens: rows end at different times
+
+
+def sample(model, group_size=4, max_new_tokens=10, temperature=0.7, ends=ENDS, seed=0, share_prompt=True):
+    prompts = grpo.pad_prompts(PROMPTS, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    return prompts, grpo.generate_completions(
+        model, *prompts, group_size, max_new_tokens, temperature, ends, generator, share_prompt
+    )
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_the_samplers_log_probabilities_are_the_rescored_ones(family):
+    # Step-0 identity: with ragged prompts, a temperature, dropped rows and a shared prompt, the ratio is 1.
+    model = make_model(family, torch.float32, **SHARING[family])
+    prompts, (ids, mask, sampled) = sample(model)
+    assert len(set(mask.sum(1).tolist())) > 3
+    rescored, _ = grpo.completion_logprobs(model, *prompts, ids, mask, temperature=0.7)
+    torch.testing.assert_close(rescored, sampled, atol=3e-5, rtol=0)
+
+
+def test_sharing_prompts_and_dropping_rows_changes_no_token():
+    model = make_model("llama", torch.float32)
+    _, (ids, mask, logprobs) = sample(model)
+    _, (plain_ids, plain_mask, plain_logprobs) = sample(model, share_prompt=False)
+    assert torch.equal(ids, plain_ids)
+    assert torch.equal(mask, plain_mask)
+    torch.testing.assert_close(logprobs, plain_logprobs, atol=1e-5, rtol=0)
+
+
+def test_completions_run_through_the_first_end_token_and_stop_there():
+    _, (ids, mask, _) = sample(make_model("llama", torch.float32), max_new_tokens=12)
+    for row, counted in zip(ids, mask, strict=True):
+        length = int(counted.sum())
+        assert torch.equal(counted, torch.arange(len(counted)) < length)
+        is_end = torch.isin(row[:length], ENDS)
+        assert not is_end[:-1].any()
+        assert is_end[-1] or length == 12
+
+
+def test_no_end_token_within_the_limit_means_full_length():
+    _, (ids, mask, _) = sample(make_model("llama", torch.float32), ends=torch.tensor([], dtype=torch.long))
+    assert ids.shape == mask.shape == (12, 10)
+    assert mask.all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_from_softmax_of_logits_over_temperature(temperature):
+    model = make_model("llama", torch.float32)
+    prompts = grpo.pad_prompts([[5, 6, 7]], torch.device("cpu"))
+    expected = (model(prompts[0]).logits[0, -1] / temperature).softmax(-1)
+    generator = torch.Generator().manual_seed(0)
+    ids, _, _ = grpo.generate_completions(model, *prompts, 20000, 1, temperature, ENDS, generator)
+    found = torch.bincount(ids[:, 0], minlength=VOCAB) / 20000
+    # Five standard errors of a frequency, for each of the 61 tokens.
+    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / 20000).sqrt() + 1e-9).all()
+
+
+def test_temperature_zero_takes_the_most_probable_token():
+    model = make_model("llama", torch.float32)
+    _, (ids, mask, _) = sample(model, group_size=1, temperature=0.0)
+    for prompt, row, counted in zip(PROMPTS, ids, mask, strict=True):
+        text = list(prompt)
+        for token in row[counted].tolist():
+            assert token == int(model(torch.tensor([text])).logits[0, -1].argmax())
+            text.append(token)
+
+
+def test_the_models_own_generation_config_is_ignored():
+    model = make_model("llama", torch.float32)
+    _, (ids, _, _) = sample(model)
+    model.generation_config.update(top_k=1, top_p=0.1, temperature=9.0, max_new_tokens=1, repetition_penalty=5.0)
+    assert torch.equal(sample(model)[1][0], ids)
+
+
+def test_sampling_follows_from_the_seed():
+    model = make_model("llama", torch.float32)
+    assert torch.equal(sample(model, seed=3)[1][0], sample(model, seed=3)[1][0])
+    assert not torch.equal(sample(model, seed=3)[1][1].sum(1), sample(model, seed=4)[1][1].sum(1))
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_sharing_is_found_exact_where_it_is(family):
+    assert ask(make_model(family, torch.float32, **SHARING[family])) == (True, [])
+
+
+@pytest.mark.parametrize("family", NOT_SHARING)
+def test_sharing_is_refused_with_a_sentence_where_it_is_wrong(family):
+    exact, said = ask(make_model(family, torch.float32, **NOT_SHARING[family]))
+    assert not exact
+    assert said[0].startswith("This model cannot share a prompt among its completions")
+
+
+@pytest.mark.parametrize("family", NOT_SHARING)
+def test_models_that_cannot_share_are_sampled_right_without(family):
+    model = make_model(family, torch.float32, **NOT_SHARING[family])
+    prompts, (ids, mask, sampled) = sample(model, share_prompt=False)
+    rows = [x.repeat_interleave(4, 0) for x in prompts]
+    rescored, _ = grpo.completion_logprobs(model, *rows, ids, mask, temperature=0.7)
+    torch.testing.assert_close(rescored, sampled, atol=1e-4, rtol=0)
+
+
+def ask(model):
+    """What `sharing_is_exact` finds, and what it says."""
+    said = []
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, autocast=torch.no_grad, say=said.append)
+    args = SimpleNamespace(max_new_tokens=8, temperature=0.7)
+    return grpo.sharing_is_exact(model, model, [(ids, "") for ids in PROMPTS], args, run), said
+
+
+def test_a_batch_of_ragged_prompts_is_padded_on_the_left_by_length():
+    ids, mask = grpo.pad_prompts([[0, 1], [1, 1, 0]], torch.device("cpu"))
+    assert ids.tolist() == [[0, 0, 1], [1, 1, 0]]
+    assert mask.tolist() == [[False, True, True], [True, True, True]]
+    assert make_batch()[1].shape == (3, 5)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""Log-probabilities of completions: sharing the prompt, padding, pieces and micro-batches change no number."""
+
+import pytest
+import torch
+
+import grpo
+from families import NOT_SHARING, SHARING, VOCAB, make_batch, make_model
+
+
+def one_by_one(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature):
+    """The plainest way: every row alone, without padding, through the model's own forward."""
+    group_size = len(completion_ids) // len(prompt_ids)
+    logprobs = torch.zeros(completion_ids.shape, dtype=torch.float64)
+    for i, (ids, mask) in enumerate(zip(completion_ids, completion_mask, strict=True)):
+        prompt, tokens = prompt_ids[i // group_size][prompt_mask[i // group_size]], ids[mask]
+        logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        logprobs[i, : len(tokens)] = (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return logprobs
+
+
+def plain(prompt_ids, prompt_mask, completion_ids, completion_mask):
+    """The same batch with a prompt of its own for every completion."""
+    group_size = len(completion_ids) // len(prompt_ids)
+    return *(x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask)), completion_ids, completion_mask
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_packed_and_plain_rows_give_the_log_probabilities_of_rows_alone(family):
+    model, batch = make_model(family, **SHARING[family]), make_batch()
+    with torch.no_grad():
+        alone = one_by_one(model, *batch, temperature=0.7)
+        packed, _ = grpo.completion_logprobs(model, *batch, temperature=0.7)
+        unpacked, _ = grpo.completion_logprobs(model, *plain(*batch), temperature=0.7)
+    tolerance = 1e-5 if family == "gemma2" else 1e-10  # gemma2's eager attention takes its softmax in float32
+    torch.testing.assert_close(packed, alone, atol=tolerance, rtol=0)
+    torch.testing.assert_close(unpacked, alone, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "granite"])
+def test_packed_and_plain_rows_give_the_same_gradient(family):
+    model, batch = make_model(family, **SHARING[family]), make_batch()
+    weights = torch.randn(batch[2].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for rows in (batch, plain(*batch)):
+        model.zero_grad()
+        (grpo.completion_logprobs(model, *rows, temperature=0.7)[0] * weights).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    # gpt2 is float64 throughout; the norms of the others compute in float32, whatever the weights are.
+    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert error < (1e-12 if family == "gpt2" else 1e-6)
+
+
+@pytest.mark.parametrize("family", NOT_SHARING)
+def test_plain_rows_are_right_where_packed_rows_are_not(family):
+    model, batch = make_model(family, **NOT_SHARING[family]), make_batch(width=12)
+    with torch.no_grad():
+        alone = one_by_one(model, *batch, temperature=1.0)
+        packed, _ = grpo.completion_logprobs(model, *batch, temperature=1.0)
+        unpacked, _ = grpo.completion_logprobs(model, *plain(*batch), temperature=1.0)
+    torch.testing.assert_close(unpacked, alone, atol=1e-6, rtol=0)
+    assert (packed - alone).abs().max() > 0.1
+
+
+def test_what_stands_in_the_padding_changes_nothing():
+    model, (prompt_ids, prompt_mask, completion_ids, completion_mask) = make_model("llama"), make_batch()
+    first, _ = grpo.completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, 1.0)
+    prompt_ids, completion_ids = prompt_ids.where(prompt_mask, 1), completion_ids.where(completion_mask, 1)
+    wider = [torch.nn.functional.pad(x, (0, 3)) for x in (completion_ids, completion_mask)]
+    second, _ = grpo.completion_logprobs(model, prompt_ids, prompt_mask, *wider, 1.0)
+    assert torch.equal(second[:, :-3], first)
+    assert (second[~wider[1]] == 0).all()
+
+
+def test_temperature_divides_the_logits_in_scoring():
+    model, batch = make_model("llama"), make_batch()
+    with torch.no_grad():
+        scored, _ = grpo.completion_logprobs(model, *batch, temperature=2.5)
+        torch.testing.assert_close(scored, one_by_one(model, *batch, 2.5), atol=1e-10, rtol=0)
+        assert (scored - one_by_one(model, *batch, 1.0)).abs().max() > 0.1
+
+
+def test_entropy_is_that_of_the_distribution_and_trains_only_when_asked():
+    model, batch = make_model("llama"), make_batch(num_prompts=1, group_size=2)
+    prompt_ids, prompt_mask, _, completion_mask = batch
+    _, entropy = grpo.completion_logprobs(model, *batch, temperature=0.7)
+    assert not entropy.requires_grad
+    # Row 0, first token: the distribution after the prompt.
+    logp = (model(prompt_ids[prompt_mask][None]).logits[0, -1] / 0.7).log_softmax(-1)
+    torch.testing.assert_close(entropy[0, 0], -(logp.exp() * logp).sum())
+    assert (entropy[~completion_mask] == 0).all()
+    assert grpo.completion_logprobs(model, *batch, temperature=0.7, entropy_grad=True)[1].requires_grad
+
+
+def test_a_large_vocabulary_is_scored_in_pieces_with_the_same_numbers(monkeypatch):
+    model, batch = make_model("llama"), make_batch()
+    results = []
+    for at_once in (grpo.LOGITS_AT_ONCE, 5 * VOCAB):
+        monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", at_once)
+        model.zero_grad()
+        logprobs, entropy = grpo.completion_logprobs(model, *batch, temperature=0.7, entropy_grad=True)
+        (logprobs.sum() + entropy.square().sum()).backward()
+        results.append((logprobs, entropy, *(p.grad.clone() for p in model.parameters())))
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(pieces, whole, atol=1e-10, rtol=1e-10)
+
+
+def test_the_log_softmax_is_float32_over_a_bfloat16_model():
+    model, batch = make_model("llama", torch.bfloat16), make_batch()
+    logprobs, entropy = grpo.completion_logprobs(model, *batch, temperature=1.0)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+
+
+def test_micro_batches_hold_every_row_once_and_keep_to_the_budget():
+    _, prompt_mask, _, completion_mask = make_batch(num_prompts=12, group_size=6, width=9)
+    everything = torch.ones(12, dtype=torch.bool)
+    for share_prompt, budget, num_minibatches in ((True, 60, 3), (False, 25, 2), (True, 1, 1), (True, 10**6, 4)):
+        generator = torch.Generator().manual_seed(0)
+        cut = grpo.split_batch(
+            prompt_mask, completion_mask, everything, num_minibatches, budget, share_prompt, generator
+        )
+        assert len(cut) == num_minibatches
+        assert sorted(i for minibatch in cut for _, rows in minibatch for i in rows.tolist()) == list(range(72))
+        for prompts, rows in (micro for minibatch in cut for micro in minibatch):
+            share = len(rows) // len(prompts)
+            assert share == (6 if share_prompt else 1)
+            assert torch.equal(rows.view(-1, share) // 6, prompts[:, None].expand(-1, share))
+            tokens = prompt_mask.sum(1)[prompts] + completion_mask.sum(1)[rows].view(-1, share).sum(1)
+            assert len(prompts) == 1 or len(prompts) * tokens.max() <= budget
+
+
+def test_groups_that_teach_nothing_are_left_out_whole():
+    _, prompt_mask, _, completion_mask = make_batch(num_prompts=4, group_size=3)
+    teaches = torch.tensor([True, False, False, True])
+    cut = grpo.split_batch(prompt_mask, completion_mask, teaches, 2, 100, True, torch.Generator().manual_seed(0))
+    assert sorted(i for minibatch in cut for _, rows in minibatch for i in rows.tolist()) == [0, 1, 2, 9, 10, 11]
+
+
+def test_a_long_group_is_cut_into_rows_that_attention_can_afford(monkeypatch):
+    monkeypatch.setattr(grpo, "MAX_ROW_TOKENS", 5 + 2 * 9)
+    _, prompt_mask, _, completion_mask = make_batch(num_prompts=2, group_size=6, width=9)
+    cut = grpo.split_batch(
+        prompt_mask, completion_mask, torch.ones(2, dtype=torch.bool), 1, 10**6, True, torch.Generator().manual_seed(0)
+    )
+    assert [(len(prompts), len(rows)) for prompts, rows in cut[0]] == [(6, 12)]
