@@ -342,7 +342,8 @@ def completion_hidden(
     before = torch.arange(ids.shape[1], device=device).expand_as(ids) - 1                   # (B, L)
     before = torch.where(position == prompt_lengths, prompt_lengths - 1, before)
     row, column = (mask & (segment > 0)).nonzero(as_tuple=True)                             # (M,), (M,)
-    return hidden[row, before[row, column]]                                                 # (M, H)
+    # index_select, because the backward of plain indexing adds in any order: a resumed run would end in other bits.
+    return hidden.flatten(0, 1).index_select(0, row * ids.shape[1] + before[row, column])   # (M, H)
 
 
 def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
@@ -442,8 +443,12 @@ def grpo_loss(
     Returns:
         the loss, a scalar, and for the curves ratio, clip_frac, kl and approx_kl, each (N, T) without gradient.
     """
+    if ratio_level not in ("token", "sequence") or not logprobs.shape == advantages.shape == completion_mask.shape:
+        raise ValueError(f"all tensors must be (N, T) and ratio_level token or sequence, got {ratio_level!r}, "
+                         f"logprobs {tuple(logprobs.shape)} and advantages {tuple(advantages.shape)}")
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
+    advantages = advantages.where(completion_mask, 0.0)                                     # (N, T)
     token_ratio = ratio = log_ratio.exp()                                                   # (N, T), w_{i,t}
     if ratio_level == "sequence":
         # GSPO Eq. 7: s_i = (pi_theta(o_i) / pi_old(o_i))^(1 / |o_i|), one for all tokens of o_i.
@@ -461,7 +466,7 @@ def grpo_loss(
         kl = kl_estimate(logprobs.where(completion_mask, 0.0), ref_logprobs.where(completion_mask, 0.0), kl_estimator)
         if kl_importance_weight:
             kl = token_ratio * kl                                                           # DeepSeek-V3.2
-        objective = objective - beta * kl                                                   # (N, T)
+        objective = objective - beta * kl if beta else objective                            # (N, T)
 
     loss = -(objective * weights).sum()                                                     # scalar, -J
     curves = {"ratio": ratio, "clip_frac": (clipped < unclipped).float(), "kl": kl, "approx_kl": -log_ratio}
@@ -560,7 +565,7 @@ def train(args: Args) -> Path:
                         logprobs.detach() if single_update else old_logprobs[rows],
                         ref_logprobs[rows] if ref_policy else None,
                         advantages[rows],
-                        completion_mask[rows],
+                        trained_mask[rows],
                         weights[rows],
                         beta=args.beta if args.kl_placement == "loss" else 0.0,
                         clip_eps=args.clip_eps,
@@ -581,6 +586,7 @@ def train(args: Args) -> Path:
             "reward/std": rewards.std(1).mean(),
             "completion/length": completion_mask.sum(1).float().mean(),
             "completion/truncated": truncated.float().mean(),
+            "policy/kl": 0.0,  # where no group had anything to teach
             **curves.means("policy"),
         })
         seen = [(tokenizer.decode(batch[0][0]) + completions[i], rewards[0, i].item()) for i in range(2)]

@@ -341,7 +341,8 @@ def completion_hidden(
     before = torch.arange(ids.shape[1], device=device).expand_as(ids) - 1                   # (B, L)
     before = torch.where(position == prompt_lengths, prompt_lengths - 1, before)
     row, column = (mask & (segment > 0)).nonzero(as_tuple=True)                             # (M,), (M,)
-    return hidden[row, before[row, column]]                                                 # (M, H)
+    # index_select, because the backward of plain indexing adds in any order: a resumed run would end in other bits.
+    return hidden.flatten(0, 1).index_select(0, row * ids.shape[1] + before[row, column])   # (M, H)
 
 
 def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
@@ -483,6 +484,7 @@ def policy_loss(
     """
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
+    advantages = advantages.where(completion_mask, 0.0)                                     # (N, T)
     ratio = log_ratio.exp()                                                                 # (N, T), pi_theta / pi_old
     # The completions are pi_old's, so this is the direction that k3 estimates here: KL[pi_old, pi_theta].
     approx_kl = kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3")                   # (N, T), in nats
