@@ -44,6 +44,7 @@ import bisect
 import copy
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -93,7 +94,7 @@ class Args:
     """divides the logits, in sampling and in every log-probability"""
     # The update
     num_steps: int | None = None
-    """steps of sampling and updating; by default 60 for the tiny model, else 200"""
+    """steps of sampling and updating; by default 100 for the tiny model, else 200"""
     update_epochs: int = 1
     """mu (K in PPO): passes over the completions of one step; with one update per step the ratio is 1"""
     num_minibatches: int = 1
@@ -603,7 +604,7 @@ class UserError(Exception):
 
 
 # Defaults that depend on the model, and what the numbers may be.
-TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 60, "learning_rate": 5e-4}
+TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 100, "learning_rate": 5e-4}
 OTHER_DEFAULTS = {"max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6}
 AT_LEAST_ZERO = ("beta", "ref_refresh_every", "save_every", "eval_every")
 POSITIVE = (
@@ -860,7 +861,7 @@ def tiny_policy() -> Path:
     rng, problems = random.Random(0), tiny_problems()[:-TINY_HELD_OUT]
     chosen = rng.choices(problems, k=TINY_STEPS * TINY_BATCH)
     texts = [(problem.prompt, tiny_demonstration(problem, rng)) for problem in chosen]
-    recipe = repr((texts[:1000], TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE))
+    recipe = repr((texts[:1000], TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE, inspect.getsource(tiny_policy)))
     folder = Path("runs") / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if folder.exists():
         return folder
@@ -871,9 +872,11 @@ def tiny_policy() -> Path:
     tokenizer.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
     end = tokenizer.eos_token_id
+    # Larger initial weights and faster rotations than a large model's: it must find its way about short texts soon.
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=end,
+        rope_parameters={"rope_type": "default", "rope_theta": 20.0}, initializer_range=0.1, max_position_embeddings=64,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=end,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)

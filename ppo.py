@@ -48,6 +48,7 @@ What stands below the banner PLUMBING (files, folders, the tiny model) is not pa
 import copy
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -97,7 +98,7 @@ class Args:
     """divides the logits, in sampling and in every log-probability"""
     # The update
     num_steps: int | None = None
-    """steps of sampling and updating; by default 60 for the tiny model, else 200"""
+    """steps of sampling and updating; by default 100 for the tiny model, else 200"""
     update_epochs: int = 2
     """K (mu in GRPO): passes over the completions of one step"""
     num_minibatches: int = 2
@@ -109,8 +110,8 @@ class Args:
     # The value model and the advantage
     value_learning_rate: float | None = None
     """of the value model's AdamW; by default 1e-3 for the tiny model, else 1e-5"""
-    value_warmup_steps: int = 0
-    """first steps that train the value model only"""
+    value_warmup_steps: int = 5
+    """first steps that train the value model only: it starts at 0, and foretells nothing until it has seen rewards"""
     value_clip_eps: float = 0.2
     """the value moves at most this far from its old one within a step, in units of reward (Ziegler et al.'s code)"""
     gamma: float = 1.0
@@ -673,7 +674,7 @@ class UserError(Exception):
 
 
 # Defaults that depend on the model, and what the numbers may be.
-TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 60, "learning_rate": 5e-4, "value_learning_rate": 1e-3}
+TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 100, "learning_rate": 5e-4, "value_learning_rate": 1e-3}
 OTHER_DEFAULTS = {"max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6, "value_learning_rate": 1e-5}
 AT_LEAST_ZERO = ("beta", "gamma", "gae_lambda", "entropy_coef", "value_warmup_steps", "save_every", "eval_every")
 POSITIVE = (
@@ -919,7 +920,7 @@ def tiny_policy() -> Path:
     rng, problems = random.Random(0), tiny_problems()[:-TINY_HELD_OUT]
     chosen = rng.choices(problems, k=TINY_STEPS * TINY_BATCH)
     texts = [(problem.prompt, tiny_demonstration(problem, rng)) for problem in chosen]
-    recipe = repr((texts[:1000], TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE))
+    recipe = repr((texts[:1000], TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE, inspect.getsource(tiny_policy)))
     folder = Path("runs") / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if folder.exists():
         return folder
@@ -930,9 +931,11 @@ def tiny_policy() -> Path:
     tokenizer.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
     end = tokenizer.eos_token_id
+    # Larger initial weights and faster rotations than a large model's: it must find its way about short texts soon.
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=end,
+        rope_parameters={"rope_type": "default", "rope_theta": 20.0}, initializer_range=0.1, max_position_embeddings=64,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=end,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
