@@ -29,7 +29,7 @@ def group_advantages(rewards: Tensor, scale: str = "group", baseline: str = "mea
     Returns:
         (B, G); in standard deviations unless scale is "none". Every row sums to 0. Equal rewards give exactly 0.
 
-    The standard deviation is the sample one (n - 1), plus 1e-4.
+    Differs: the standard deviation, which the paper does not specify, is the sample one (n - 1), plus 1e-4.
 
     >>> group_advantages(torch.tensor([[0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), scale="none")
     tensor([[-0.5000, -0.5000,  0.5000,  0.5000],

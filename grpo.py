@@ -21,17 +21,18 @@ mean; the KL pulls it back to the reference policy, where it still speaks the la
     o_i          completion_ids      (N, T)    N = B * G completions of at most T tokens, padded on the right
     |o_i|        completion_mask     (N, T)    true through the end token, by length: the end token is trained too
     r_i          rewards             (B, G)    what the task pays for a completion
-    A_{i,t}      advantages          (N, T)    in standard deviations of the group
+    A_{i,t}      advantages          (N, T)    in standard deviations of the group (in rewards with scale "none")
     pi_theta     logprobs            (N, T)    log pi_theta(o_{i,t} | q, o_{i,<t}) at the sampling temperature, in nats
-    pi_old       old_logprobs        (N, T)    the same under the policy that sampled
+    pi_old       old_logprobs        (N, T)    the same under the weights that sampled
     pi_ref       ref_logprobs        (N, T)    the same under the reference policy, frozen
     w_{i,t}      ratio               (N, T)    pi_theta / pi_old
     D_KL         kl                  (N, T)    pi_ref / pi_theta - log(pi_ref / pi_theta) - 1, in nats
     eps, beta    clip_eps, beta      scalar    clip range of the ratio; weight of the KL
 
-Differs from the paper, each marked "Differs" where it happens: AdamW at a constant learning rate with the gradient
-clipped by its norm; the reference stays the initial policy unless --ref-refresh-every asks for Algorithm 1's outer
-loop; minibatches are drawn once per step, so that every epoch sees the ratio start from the same forward pass.
+Differs from the papers, each marked "Differs" where it happens: the std is the sample one plus 1e-4 (advantage.py);
+DAPO's token mean runs over all groups at once; the reference stays the initial policy unless --ref-refresh-every asks
+for Algorithm 1's outer loop; pi_old is scored by the trainer's own forward pass, on the micro-batches of the update,
+so that the first ratio is exactly 1; AdamW at a constant learning rate, its gradient clipped by the norm.
 
     python grpo.py                                     a tiny model learns two-digit addition, no download
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl
@@ -107,7 +108,7 @@ class Args:
     beta: float = 0.04
     """weight of the KL from the reference policy (DeepSeekMath 4.2); 0 loads no reference policy"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """estimator of KL[policy, reference]: k3 is DeepSeekMath Eq. 4; k1 as a loss does nothing, see kl.py"""
+    """estimator of KL[policy, reference]: k3 is DeepSeekMath Eq. 4; k1 does nothing in the loss, see kl.py"""
     kl_placement: Literal["loss", "reward"] = "loss"
     """"loss": DeepSeekMath Eq. 3; "reward": subtracted from the reward of the completion, as in PPO for RLHF"""
     kl_importance_weight: bool = False
@@ -121,7 +122,7 @@ class Args:
     ratio_level: Literal["token", "sequence"] = "token"
     """"sequence": one ratio per completion, the geometric mean of its tokens' (GSPO Eq. 7; clip about 4e-4)"""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
-    """"sequence": 1/G sum_i 1/|o_i| sum_t (Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
+    """"sequence": 1/|o_i| sum_t (DeepSeekMath Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """the std that divides the advantage: of the group (DeepSeekMath), of the batch, or none (Dr. GRPO)"""
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
@@ -250,7 +251,8 @@ def generate_completions(
     """
     num_rows, device = prompt_ids.shape[0] * group_size, prompt_ids.device
     # One number per token, drawn in advance: what a row samples does not depend on which other rows still run.
-    uniforms = torch.rand(num_rows, max_new_tokens, dtype=torch.float64, generator=generator).to(device)
+    double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    uniforms = torch.rand(num_rows, max_new_tokens, dtype=double, generator=generator).to(device)
     if not share_prompt:
         prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
     position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                                 # padding shifts no position
@@ -272,7 +274,7 @@ def generate_completions(
         if temperature == 0:
             tokens = logp.argmax(-1)                                                        # (rows,)
         else:
-            cdf = logp.double().exp().cumsum(-1)                                            # (rows, V)
+            cdf = logp.to(double).exp().cumsum(-1)                                          # (rows, V)
             tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
             tokens = tokens.clamp(max=cdf.shape[1] - 1)
         completion_ids[rows, t] = tokens
@@ -399,12 +401,12 @@ def completion_logprobs(
 
 
 def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int) -> Tensor:
-    """What each token weighs in the loss of one optimizer update: (N, T), 0 in the padding.
+    """What each token weighs in the loss: (N, T), 0 in the padding.
 
-    Computed for the whole update and then cut into micro-batches, whose losses and gradients therefore add up to
-    those of the update, however it is cut.
+    Computed for the whole batch and only then cut into micro-batches, whose losses and gradients therefore add up to
+    those of the batch, however it is cut.
 
-        "sequence"  1/N 1/|o_i|                 every completion counts the same (Eq. 3)
+        "sequence"  1/N 1/|o_i|                 every completion counts the same (DeepSeekMath Eq. 3)
         "token"     1 / sum_i |o_i|             every token counts the same, so long completions count more (DAPO Eq. 8)
         "constant"  1 / (N max_new_tokens)      a constant instead of |o_i|: no bias by length (Dr. GRPO)
     """
@@ -470,7 +472,8 @@ def grpo_loss(
         objective = objective - beta * kl if beta else objective                            # (N, T)
 
     loss = -(objective * weights).sum()                                                     # scalar, -J
-    curves = {"ratio": ratio, "clip_frac": (clipped < unclipped).float(), "kl": kl, "approx_kl": -log_ratio}
+    approx_kl = kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3")                   # of KL[pi_old, pi_theta]
+    curves = {"ratio": ratio, "clip_frac": (clipped < unclipped).float(), "kl": kl, "approx_kl": approx_kl}
     return loss, {name: value.detach() for name, value in curves.items()}
 
 
@@ -482,6 +485,9 @@ def grpo_loss(
 def train(args: Args) -> Path:
     """Train a policy as `args` say. Returns the folder of the trained policy, in Hugging Face format."""
     args = complete_args(args)
+    choices = args.advantage_scale, args.advantage_baseline, args.kl_placement
+    if args.process_supervision and choices != ("group", "mean", "loss"):
+        raise UserError("--process-supervision needs the default advantage scale, baseline and KL placement")
     run = Run(args, "grpo")
     tokenizer, policy, eos_ids = load_policy(args.model, run.device)
     problems, held_out = load_problems(args, tokenizer, policy)
@@ -500,6 +506,7 @@ def train(args: Args) -> Path:
     run.begin(policy, problems, held_out, evaluation)
     for step in run.steps(first_step):
         generator = seed_step(args.seed, step)
+        # Differs: Algorithm 1 always has this outer loop; here it is asked for.
         if ref_policy and args.ref_refresh_every and step and step % args.ref_refresh_every == 0:
             ref_policy.load_state_dict(policy.state_dict())                                 # pi_ref <- pi_theta
 
@@ -512,12 +519,13 @@ def train(args: Args) -> Path:
         )                                                                                   # (N, T)
         completions = decode(tokenizer, completion_ids, completion_mask)                    # N texts
         answers = [answer for _, answer in batch for _ in range(args.group_size)]           # N texts
-        rewards = torch.tensor([reward(*pair) for pair in zip(completions, answers, strict=True)], device=run.device)
-        rewards = rewards.view(args.num_prompts, args.group_size)                           # (B, G), r_i
+        rewards = [float(reward(*pair)) for pair in zip(completions, answers, strict=True)]  # r_i
+        rewards = torch.tensor(rewards, device=run.device).view(-1, args.group_size)        # (B, G)
         truncated = ~(torch.isin(completion_ids, eos_ids) & completion_mask).any(1)         # (N,), no end token
         run.lap("time/sample")
 
         # ---- The same tokens under pi_ref and pi_old, without gradient ----
+        # Differs: pi_old is scored here, as pi_theta will be, not taken from the sampler: the first ratio is exactly 1.
         # Without a KL, a group of equal rewards teaches nothing: its advantages are 0 and so is its gradient.
         teaches = (rewards.amax(1) > rewards.amin(1)) | (args.beta > 0) | args.process_supervision  # (B,)
         minibatches = split_batch(
@@ -529,11 +537,11 @@ def train(args: Args) -> Path:
         ref_logprobs = torch.zeros(completion_ids.shape, device=run.device)                 # (N, T)
         with torch.no_grad(), run.autocast():
             for prompts, rows in itertools.chain(*minibatches):
-                tokens = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
+                inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
                 if ref_policy:
-                    ref_logprobs[rows] = completion_logprobs(ref_policy, *tokens, args.temperature)[0]
+                    ref_logprobs[rows] = completion_logprobs(ref_policy, *inputs, args.temperature)[0]
                 if not single_update or args.kl_placement == "reward":
-                    old_logprobs[rows] = completion_logprobs(policy, *tokens, args.temperature)[0]
+                    old_logprobs[rows] = completion_logprobs(policy, *inputs, args.temperature)[0]
 
         # ---- 2. The group-relative advantage: how much better than its group was each completion? ----
         penalised = rewards                                                                 # (B, G)
@@ -557,9 +565,9 @@ def train(args: Args) -> Path:
         for _ in range(args.update_epochs):
             for minibatch in minibatches:
                 for prompts, rows in minibatch:
-                    tokens = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
+                    inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
                     with run.autocast():
-                        logprobs, entropy = completion_logprobs(policy, *tokens, args.temperature)  # (rows, T), twice
+                        logprobs, entropy = completion_logprobs(policy, *inputs, args.temperature)  # (rows, T), twice
                     loss, per_token = grpo_loss(
                         logprobs,
                         # With one update per step pi_theta still is pi_old: the ratio is exactly 1.
@@ -576,7 +584,7 @@ def train(args: Args) -> Path:
                         kl_importance_weight=args.kl_importance_weight,
                     )
                     loss.backward()
-                    curves.add(loss, completion_mask[rows], entropy=entropy, **per_token)
+                    curves.add(loss, trained_mask[rows], entropy=entropy, **per_token)
                 if minibatch:
                     curves.update(optimizer_step(policy, optimizer, args.max_grad_norm))
         refresh_sampler(sampler, policy)
@@ -646,7 +654,7 @@ def load_problems(args: Args, tokenizer: PreTrainedTokenizerFast, policy: nn.Mod
         train_set, held_out = read_problems(args.data), read_problems(args.eval_data)
     else:
         problems = read_problems(args.data)
-        cut = len(problems) - min(256, len(problems) // 10)
+        cut = len(problems) - min(256, len(problems) // 10 + 1)
         train_set, held_out = problems[:cut], problems[cut:]
     longest = getattr(policy.config.get_text_config(), "max_position_embeddings", math.inf) - args.max_new_tokens
     encoded = [[(encode_prompt(tokenizer, p.prompt), p.answer) for p in part] for part in (train_set, held_out)]
@@ -788,8 +796,8 @@ def split_batch(
         minibatches.append([])
         while len(packed):
             size = max(1, micro_batch_tokens // int(tokens[packed[0]]))
-            rows = packed[:size, None] * share + torch.arange(share)
-            minibatches[-1].append((packed[:size].div(packs, rounding_mode="floor"), rows.flatten()))
+            rows = packed[:size, None] * share + torch.arange(share)                        # (size, k)
+            minibatches[-1].append((packed[:size] // packs, rows.flatten()))
             packed = packed[size:]
     return minibatches
 
@@ -902,36 +910,47 @@ def tiny_policy() -> Path:
 
 
 def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args: Args, run: "Run") -> bool:
-    """Sample and score a few completions with the prompt shared and without, and compare. Some model families (sliding
-    windows, linear attention) cannot share a prompt, and would be silently wrong."""
+    """Sample and score a few completions, without and with a shared prompt: do the log-probabilities agree? Some model
+    families (sliding windows, linear attention) cannot share a prompt, and would be silently wrong."""
     config = policy.config.get_text_config()
     longest = max(len(ids) for ids, _ in problems) + args.max_new_tokens
     window = getattr(config, "sliding_window", None) or longest
     prompts = pad_prompts([ids for ids, _ in problems[:2]], run.device)
     ends = torch.arange(0, config.vocab_size, 5, device=run.device)  # every fifth token ends a row: all at other times
-    sampling = 3, min(16, args.max_new_tokens), args.temperature, ends, torch.Generator().manual_seed(0)
-    try:
+    limit = 1e-3 if run.dtype == torch.float32 else 0.1  # nats; rounding is far below
+
+    def gap(share_prompt: bool) -> float:
+        """Between the sampler's log-probabilities and the re-scored ones, in nats per token."""
+        sampling = 3, min(16, args.max_new_tokens), args.temperature, ends, torch.Generator().manual_seed(0)
+        rows = prompts if share_prompt else [x.repeat_interleave(3, 0) for x in prompts]
         with torch.no_grad(), run.autocast():
-            ids, mask, sampled = generate_completions(sampler, *prompts, *sampling)
-            plain, _ = completion_logprobs(
-                policy, *(x.repeat_interleave(3, 0) for x in prompts), ids, mask, args.temperature
-            )
-            shared, _ = completion_logprobs(policy, *prompts, ids, mask, args.temperature)
-        gap = max((shared - plain)[mask].abs().mean(), (sampled - plain)[mask].abs().mean()).item()
-        reason = f"its log-probabilities would be off by {gap:.2g} nats"
+            ids, mask, sampled = generate_completions(sampler, *prompts, *sampling, share_prompt)
+            scored, _ = completion_logprobs(policy, *rows, ids, mask, args.temperature)
+        return (scored - sampled)[mask].abs().mean().item()
+
+    alone = gap(share_prompt=False)
+    if not alone < limit:
+        raise UserError(f"this model's log-probabilities cannot be computed again: they are off by {alone:.2g} nats")
+    try:
+        shared = gap(share_prompt=True)
+        reason = f"its log-probabilities would be off by {shared:.2g} nats"
     except (AttributeError, RuntimeError, ValueError) as error:
-        gap, reason = math.inf, str(error).splitlines()[0]
+        shared, reason = math.inf, str(error).splitlines()[0]
     if window < longest:
-        gap, reason = math.inf, f"it attends to the last {window} tokens of up to {longest}"
-    exact = gap < (1e-3 if run.dtype == torch.float32 else 0.1)  # nats; rounding is far below
-    if not exact:
+        shared, reason = math.inf, f"it attends to the last {window} tokens of up to {longest}"
+    if not shared < limit:
         run.say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
-    return exact
+    return shared < limit
 
 
 def make_sampler(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model that samples: the policy itself, or a copy in the dtype of the computation."""
-    return policy if dtype == torch.float32 else copy.deepcopy(policy).to(dtype).requires_grad_(False)
+    if dtype == torch.float32:
+        return policy
+    sampler = copy.deepcopy(policy).requires_grad_(False)
+    for parameter in sampler.parameters():  # and no buffer: rounded rotary frequencies drift with the position
+        parameter.data = parameter.data.to(dtype)
+    return sampler
 
 
 @torch.no_grad()
@@ -951,11 +970,13 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
     tokenizer.save_pretrained(aside)
     if state:
         torch.save(state, aside / "state.pt")
-    for path in aside.iterdir():
+    for path in filter(Path.is_file, aside.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside / "before")
     aside.rename(folder)
+    shutil.rmtree(folder / "before", ignore_errors=True)
 
 
 
@@ -1000,10 +1021,14 @@ class Run:
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
+    def checkpoints(self) -> list[Path]:
+        """Of this run, the newest first."""
+        return sorted(self.folder.glob("step_*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+
     def load_checkpoint(self, state: dict) -> int:
         """Load the checkpoint that --resume names into `state` and return its step; 0 where there is none to load."""
         auto = self.args.resume == "auto"
-        folders = sorted(self.folder.glob("step_*"), reverse=True) if auto else [Path(self.args.resume or "")]
+        folders = self.checkpoints() if auto else [Path(self.args.resume or "")]
         for folder in folders if self.args.resume else []:
             try:
                 saved = torch.load(folder / "state.pt", weights_only=True, map_location=self.device)
@@ -1032,7 +1057,7 @@ class Run:
         parts = {name: part.state_dict() for name, part in state.items() if part is not None and name != "policy"}
         parts |= {"step": self.step, "args": vars(self.args), "before": self.before}
         save_model(self.folder / f"step_{self.step:06d}", state["policy"], tokenizer, parts)
-        for old in sorted(self.folder.glob("step_*"))[:-2]:
+        for old in self.checkpoints()[2:]:
             shutil.rmtree(old)
 
     def begin(self, policy: nn.Module, problems: list, held_out: list, evaluation: Callable[[], dict]) -> None:
@@ -1042,7 +1067,7 @@ class Run:
             f"{self.script}: {size:.1f} M parameters in {str(self.dtype)[6:]} on {self.device}, {len(problems)} "
             f"problems to train on, {len(held_out)} held out, in {self.folder}"
         )
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         self.started = time.monotonic()
         if self.args.eval_every and self.step == 0:
             self.before = self.show_evaluation(evaluation())
@@ -1081,7 +1106,8 @@ class Run:
         self.laps[name], self.clock = now - self.clock, now
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
-        """One point on every curve, and the progress bar."""
+        """One point on every curve, and the progress bar. Point n is that of the n-th step."""
+        self.step += 1
         metrics = {name: float(value) for name, value in metrics.items()} | self.laps
         tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
         metrics["time/tokens_per_second"] = tokens / sum(self.laps.values())
@@ -1096,7 +1122,6 @@ class Run:
         self, evaluation: Callable[[], dict], tokenizer: PreTrainedTokenizerFast, state: dict, seen: list
     ) -> None:
         """Evaluate, show completions that were just `seen` as (text, reward), and save, whenever that is due."""
-        self.step += 1
         last = self.stopping or self.step == self.args.num_steps
         if self.args.eval_every and (self.step % self.args.eval_every == 0) and not last:
             self.show_evaluation(evaluation())
@@ -1128,3 +1153,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save yet
+        sys.exit(130)

@@ -28,15 +28,15 @@ it are held to account for too. Advantage and KL still pull against each other, 
     A_t          advantages          (N, T)    how much better a_t was than V(s_t) foretold
     V_t^targ     returns             (N, T)    A_t + V(s_t), before the advantages are whitened
     pi_theta     logprobs            (N, T)    log pi_theta(a_t | s_t) at the sampling temperature, in nats
-    pi_old       old_logprobs        (N, T)    the same under the policy that sampled
+    pi_old       old_logprobs        (N, T)    the same under the weights that sampled
     pi_ref       ref_logprobs        (N, T)    the same under the reference policy, frozen
     r_t(theta)   ratio               (N, T)    pi_theta / pi_old (the PPO paper calls ratio and reward r_t)
     eps, beta    clip_eps, beta      scalar    clip range of the ratio; weight of the KL
 
 Differs from the papers, each marked "Differs" where it happens: the value model shares no parameter with the policy,
 so Eq. 9 falls into two losses, each with its own AdamW, and needs no c_1; the value loss has the 1/2 and the clipping
-of Ziegler et al.'s code; the gradient is clipped by its norm; minibatches are drawn once per step, so that every epoch
-sees the ratio start from the same forward pass.
+of Ziegler et al.'s code; minibatches are kept for all epochs, so that pi_old is scored on the micro-batches of the
+update and the first ratio is exactly 1; the learning rate is constant, the gradient is clipped by its norm.
 
     python ppo.py                                      a tiny model learns two-digit addition, no download
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl
@@ -126,7 +126,7 @@ class Args:
     beta: float = 0.02
     """weight of the KL from the reference policy (InstructGPT: 0.02); 0 loads no reference policy"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """estimator of KL[policy, reference]: k1 in the reward is InstructGPT Eq. 2 and exact over sequences, see kl.py"""
+    """estimator of KL[policy, reference]: k1 is InstructGPT Eq. 2; k1 does nothing in the loss, see kl.py"""
     kl_placement: Literal["loss", "reward"] = "reward"
     """"reward": DeepSeekMath Eq. 2, InstructGPT Eq. 2; "loss": added to the policy loss as in GRPO"""
     adaptive_kl_target: float | None = None
@@ -143,7 +143,7 @@ class Args:
     early_stop_kl: float | None = None
     """end the epochs of a step once KL[pi_old, pi_theta] exceeds this many nats a token"""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
-    """"sequence": 1/G sum_i 1/|o_i| sum_t (Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
+    """"sequence": 1/|o_i| sum_t (DeepSeekMath Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
     # The machine
     share_prompt: bool = True
     """compute a prompt once for its group, in sampling and in scoring; switched off where a model cannot do it"""
@@ -249,7 +249,8 @@ def generate_completions(
     """
     num_rows, device = prompt_ids.shape[0] * group_size, prompt_ids.device
     # One number per token, drawn in advance: what a row samples does not depend on which other rows still run.
-    uniforms = torch.rand(num_rows, max_new_tokens, dtype=torch.float64, generator=generator).to(device)
+    double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    uniforms = torch.rand(num_rows, max_new_tokens, dtype=double, generator=generator).to(device)
     if not share_prompt:
         prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
     position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                                 # padding shifts no position
@@ -271,7 +272,7 @@ def generate_completions(
         if temperature == 0:
             tokens = logp.argmax(-1)                                                        # (rows,)
         else:
-            cdf = logp.double().exp().cumsum(-1)                                            # (rows, V)
+            cdf = logp.to(double).exp().cumsum(-1)                                          # (rows, V)
             tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
             tokens = tokens.clamp(max=cdf.shape[1] - 1)
         completion_ids[rows, t] = tokens
@@ -403,7 +404,7 @@ class ValueModel(nn.Module):
     def __init__(self, policy: nn.Module):
         super().__init__()
         self.backbone = copy.deepcopy(policy.base_model)
-        self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1, device=policy.device)
+        self.head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -443,12 +444,12 @@ def token_rewards(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: fl
 
 
 def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int) -> Tensor:
-    """What each token weighs in the loss of one optimizer update: (N, T), 0 in the padding.
+    """What each token weighs in the loss: (N, T), 0 in the padding.
 
-    Computed for the whole update and then cut into micro-batches, whose losses and gradients therefore add up to
-    those of the update, however it is cut.
+    Computed for the whole batch and only then cut into micro-batches, whose losses and gradients therefore add up to
+    those of the batch, however it is cut.
 
-        "sequence"  1/N 1/|o_i|                 every completion counts the same (Eq. 3)
+        "sequence"  1/N 1/|o_i|                 every completion counts the same (DeepSeekMath Eq. 3)
         "token"     1 / sum_i |o_i|             every token counts the same, so long completions count more (DAPO Eq. 8)
         "constant"  1 / (N max_new_tokens)      a constant instead of |o_i|: no bias by length (Dr. GRPO)
     """
@@ -519,9 +520,9 @@ def value_loss(
     Returns:
         the loss, a scalar, and where the clipping decides, (N, T), as 0 and 1.
     """
-    # Differs: PPO Eq. 9 has (V - V^targ)^2. The 1/2 and the clipping are Ziegler et al.'s, and everyone's since.
+    # Differs: PPO Eq. 9 has (V - V^targ)^2. The 1/2 and the clipping are Ziegler et al.'s.
     values, old_values, returns = (x.where(completion_mask, 0.0) for x in (values, old_values, returns))
-    clipped_values = old_values + (values - old_values).clamp(-value_clip_eps, value_clip_eps)  # (N, T)
+    clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)  # (N, T), exactly V inside
     errors, clipped_errors = (values - returns).square(), (clipped_values - returns).square()  # (N, T), (N, T)
     loss = (0.5 * torch.maximum(errors, clipped_errors) * weights).sum()                    # scalar
     return loss, (clipped_errors > errors).float().detach()
@@ -537,7 +538,7 @@ def train(args: Args) -> Path:
     tokenizer, policy, eos_ids = load_policy(args.model, run.device)
     problems, held_out = load_problems(args, tokenizer, policy)
     ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta > 0 else None     # no KL, no reference
-    value_model = ValueModel(policy)
+    value_model = ValueModel(policy)                                                        # Differs: of its own
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     value_optimizer = torch.optim.AdamW(
         value_model.parameters(), lr=args.value_learning_rate, weight_decay=0.0, fused=True
@@ -569,13 +570,13 @@ def train(args: Args) -> Path:
         )                                                                                   # (N, T)
         completions = decode(tokenizer, completion_ids, completion_mask)                    # N texts
         answers = [answer for _, answer in batch for _ in range(args.group_size)]           # N texts
-        rewards = torch.tensor([reward(*pair) for pair in zip(completions, answers, strict=True)], device=run.device)
-        rewards = rewards.view(args.num_prompts, args.group_size)                           # (B, G), r_phi
+        rewards = [float(reward(*pair)) for pair in zip(completions, answers, strict=True)]  # r_phi
+        rewards = torch.tensor(rewards, device=run.device).view(-1, args.group_size)        # (B, G)
         truncated = ~(torch.isin(completion_ids, eos_ids) & completion_mask).any(1)         # (N,), no end token
         run.lap("time/sample")
 
         # ---- The same tokens under pi_old, pi_ref and the old value model, without gradient ----
-        # By the same function on the same micro-batches as in the update: before it, the ratio is exactly 1.
+        # Differs: by the function and on the micro-batches of the update, so that before it the ratio is exactly 1.
         minibatches = split_batch(
             prompt_mask, completion_mask, torch.ones_like(prompt_mask[:, 0]), args.num_minibatches,
             args.micro_batch_tokens, share_prompt, generator,
@@ -585,11 +586,11 @@ def train(args: Args) -> Path:
         old_values = torch.zeros(completion_ids.shape, device=run.device)                   # (N, T)
         with torch.no_grad(), run.autocast():
             for prompts, rows in itertools.chain(*minibatches):
-                tokens = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
-                old_values[rows] = completion_values(value_model, *tokens)
-                old_logprobs[rows] = completion_logprobs(policy, *tokens, args.temperature)[0]
+                inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
+                old_values[rows] = completion_values(value_model, *inputs)
+                old_logprobs[rows] = completion_logprobs(policy, *inputs, args.temperature)[0]
                 if ref_policy:
-                    ref_logprobs[rows] = completion_logprobs(ref_policy, *tokens, args.temperature)[0]
+                    ref_logprobs[rows] = completion_logprobs(ref_policy, *inputs, args.temperature)[0]
 
         # ---- 2. The KL from the reference goes into the reward of every token ----
         kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator) * bool(ref_policy)  # (N, T)
@@ -612,11 +613,11 @@ def train(args: Args) -> Path:
             for minibatch in minibatches:
                 for prompts, rows in minibatch:
                     mask, weight = completion_mask[rows], weights[rows]                     # (rows, T), twice
-                    tokens = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], mask
+                    inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], mask
                     with run.autocast():
-                        values = completion_values(value_model, *tokens)                    # (rows, T)
+                        values = completion_values(value_model, *inputs)                    # (rows, T)
                         logprobs, entropy = completion_logprobs(
-                            policy, *tokens, args.temperature, entropy_grad=args.entropy_coef > 0
+                            policy, *inputs, args.temperature, entropy_grad=args.entropy_coef > 0
                         )                                                                   # (rows, T), twice
                     loss, per_token = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], mask, weight,
@@ -636,15 +637,20 @@ def train(args: Args) -> Path:
                     curves.add(loss, mask, entropy=entropy, **per_token, **by_epoch)
                     value_curves.add(values_loss, mask, clip_frac=value_clipped)
                 value_curves.update(optimizer_step(value_model, value_optimizer, args.max_grad_norm))
-                if step >= args.value_warmup_steps:
-                    curves.update(optimizer_step(policy, optimizer, args.max_grad_norm))
-                optimizer.zero_grad()
-            approx_kl = curves.mean(f"approx_kl_epoch_{epoch}")                             # nats per token
-            if args.early_stop_kl and approx_kl > args.early_stop_kl:
+                if step < args.value_warmup_steps:
+                    optimizer.zero_grad()
+                curves.update(optimizer_step(policy, optimizer, args.max_grad_norm))
+            if args.early_stop_kl and curves.mean(f"approx_kl_epoch_{epoch}") > args.early_stop_kl:
                 break
-        if penalty:
-            penalty.update(approx_kl)
-        if kl_control:
+        if penalty and step >= args.value_warmup_steps:
+            # PPO section 4: the next penalty follows from how far all updates together have moved the policy.
+            new_logprobs = torch.zeros_like(old_logprobs)                                   # (N, T)
+            with torch.no_grad(), run.autocast():
+                for prompts, rows in itertools.chain(*minibatches):
+                    inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
+                    new_logprobs[rows] = completion_logprobs(policy, *inputs, args.temperature)[0]
+            penalty.update(kl_estimate(old_logprobs, new_logprobs, "k3")[completion_mask].mean().item())
+        if kl_control and step >= args.value_warmup_steps:
             kl_control.update(kl.sum(1).mean().item())                                      # nats per completion
         refresh_sampler(sampler, policy)
         run.lap("time/update")
@@ -717,7 +723,7 @@ def load_problems(args: Args, tokenizer: PreTrainedTokenizerFast, policy: nn.Mod
         train_set, held_out = read_problems(args.data), read_problems(args.eval_data)
     else:
         problems = read_problems(args.data)
-        cut = len(problems) - min(256, len(problems) // 10)
+        cut = len(problems) - min(256, len(problems) // 10 + 1)
         train_set, held_out = problems[:cut], problems[cut:]
     longest = getattr(policy.config.get_text_config(), "max_position_embeddings", math.inf) - args.max_new_tokens
     encoded = [[(encode_prompt(tokenizer, p.prompt), p.answer) for p in part] for part in (train_set, held_out)]
@@ -841,8 +847,8 @@ def split_batch(
         minibatches.append([])
         while len(packed):
             size = max(1, micro_batch_tokens // int(tokens[packed[0]]))
-            rows = packed[:size, None] * share + torch.arange(share)
-            minibatches[-1].append((packed[:size].div(packs, rounding_mode="floor"), rows.flatten()))
+            rows = packed[:size, None] * share + torch.arange(share)                        # (size, k)
+            minibatches[-1].append((packed[:size] // packs, rows.flatten()))
             packed = packed[size:]
     return minibatches
 
@@ -961,36 +967,47 @@ def tiny_policy() -> Path:
 
 
 def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args: Args, run: "Run") -> bool:
-    """Sample and score a few completions with the prompt shared and without, and compare. Some model families (sliding
-    windows, linear attention) cannot share a prompt, and would be silently wrong."""
+    """Sample and score a few completions, without and with a shared prompt: do the log-probabilities agree? Some model
+    families (sliding windows, linear attention) cannot share a prompt, and would be silently wrong."""
     config = policy.config.get_text_config()
     longest = max(len(ids) for ids, _ in problems) + args.max_new_tokens
     window = getattr(config, "sliding_window", None) or longest
     prompts = pad_prompts([ids for ids, _ in problems[:2]], run.device)
     ends = torch.arange(0, config.vocab_size, 5, device=run.device)  # every fifth token ends a row: all at other times
-    sampling = 3, min(16, args.max_new_tokens), args.temperature, ends, torch.Generator().manual_seed(0)
-    try:
+    limit = 1e-3 if run.dtype == torch.float32 else 0.1  # nats; rounding is far below
+
+    def gap(share_prompt: bool) -> float:
+        """Between the sampler's log-probabilities and the re-scored ones, in nats per token."""
+        sampling = 3, min(16, args.max_new_tokens), args.temperature, ends, torch.Generator().manual_seed(0)
+        rows = prompts if share_prompt else [x.repeat_interleave(3, 0) for x in prompts]
         with torch.no_grad(), run.autocast():
-            ids, mask, sampled = generate_completions(sampler, *prompts, *sampling)
-            plain, _ = completion_logprobs(
-                policy, *(x.repeat_interleave(3, 0) for x in prompts), ids, mask, args.temperature
-            )
-            shared, _ = completion_logprobs(policy, *prompts, ids, mask, args.temperature)
-        gap = max((shared - plain)[mask].abs().mean(), (sampled - plain)[mask].abs().mean()).item()
-        reason = f"its log-probabilities would be off by {gap:.2g} nats"
+            ids, mask, sampled = generate_completions(sampler, *prompts, *sampling, share_prompt)
+            scored, _ = completion_logprobs(policy, *rows, ids, mask, args.temperature)
+        return (scored - sampled)[mask].abs().mean().item()
+
+    alone = gap(share_prompt=False)
+    if not alone < limit:
+        raise UserError(f"this model's log-probabilities cannot be computed again: they are off by {alone:.2g} nats")
+    try:
+        shared = gap(share_prompt=True)
+        reason = f"its log-probabilities would be off by {shared:.2g} nats"
     except (AttributeError, RuntimeError, ValueError) as error:
-        gap, reason = math.inf, str(error).splitlines()[0]
+        shared, reason = math.inf, str(error).splitlines()[0]
     if window < longest:
-        gap, reason = math.inf, f"it attends to the last {window} tokens of up to {longest}"
-    exact = gap < (1e-3 if run.dtype == torch.float32 else 0.1)  # nats; rounding is far below
-    if not exact:
+        shared, reason = math.inf, f"it attends to the last {window} tokens of up to {longest}"
+    if not shared < limit:
         run.say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
-    return exact
+    return shared < limit
 
 
 def make_sampler(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model that samples: the policy itself, or a copy in the dtype of the computation."""
-    return policy if dtype == torch.float32 else copy.deepcopy(policy).to(dtype).requires_grad_(False)
+    if dtype == torch.float32:
+        return policy
+    sampler = copy.deepcopy(policy).requires_grad_(False)
+    for parameter in sampler.parameters():  # and no buffer: rounded rotary frequencies drift with the position
+        parameter.data = parameter.data.to(dtype)
+    return sampler
 
 
 @torch.no_grad()
@@ -1010,11 +1027,13 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
     tokenizer.save_pretrained(aside)
     if state:
         torch.save(state, aside / "state.pt")
-    for path in aside.iterdir():
+    for path in filter(Path.is_file, aside.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside / "before")
     aside.rename(folder)
+    shutil.rmtree(folder / "before", ignore_errors=True)
 
 
 
@@ -1059,10 +1078,14 @@ class Run:
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
+    def checkpoints(self) -> list[Path]:
+        """Of this run, the newest first."""
+        return sorted(self.folder.glob("step_*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+
     def load_checkpoint(self, state: dict) -> int:
         """Load the checkpoint that --resume names into `state` and return its step; 0 where there is none to load."""
         auto = self.args.resume == "auto"
-        folders = sorted(self.folder.glob("step_*"), reverse=True) if auto else [Path(self.args.resume or "")]
+        folders = self.checkpoints() if auto else [Path(self.args.resume or "")]
         for folder in folders if self.args.resume else []:
             try:
                 saved = torch.load(folder / "state.pt", weights_only=True, map_location=self.device)
@@ -1091,7 +1114,7 @@ class Run:
         parts = {name: part.state_dict() for name, part in state.items() if part is not None and name != "policy"}
         parts |= {"step": self.step, "args": vars(self.args), "before": self.before}
         save_model(self.folder / f"step_{self.step:06d}", state["policy"], tokenizer, parts)
-        for old in sorted(self.folder.glob("step_*"))[:-2]:
+        for old in self.checkpoints()[2:]:
             shutil.rmtree(old)
 
     def begin(self, policy: nn.Module, problems: list, held_out: list, evaluation: Callable[[], dict]) -> None:
@@ -1101,7 +1124,7 @@ class Run:
             f"{self.script}: {size:.1f} M parameters in {str(self.dtype)[6:]} on {self.device}, {len(problems)} "
             f"problems to train on, {len(held_out)} held out, in {self.folder}"
         )
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         self.started = time.monotonic()
         if self.args.eval_every and self.step == 0:
             self.before = self.show_evaluation(evaluation())
@@ -1140,7 +1163,8 @@ class Run:
         self.laps[name], self.clock = now - self.clock, now
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
-        """One point on every curve, and the progress bar."""
+        """One point on every curve, and the progress bar. Point n is that of the n-th step."""
+        self.step += 1
         metrics = {name: float(value) for name, value in metrics.items()} | self.laps
         tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
         metrics["time/tokens_per_second"] = tokens / sum(self.laps.values())
@@ -1155,7 +1179,6 @@ class Run:
         self, evaluation: Callable[[], dict], tokenizer: PreTrainedTokenizerFast, state: dict, seen: list
     ) -> None:
         """Evaluate, show completions that were just `seen` as (text, reward), and save, whenever that is due."""
-        self.step += 1
         last = self.stopping or self.step == self.args.num_steps
         if self.args.eval_every and (self.step % self.args.eval_every == 0) and not last:
             self.show_evaluation(evaluation())
@@ -1187,3 +1210,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save yet
+        sys.exit(130)

@@ -50,12 +50,12 @@ def average(batch: Batch, loss_average: str) -> Tensor:
 
 @given(batches())
 def test_the_ratio_is_that_of_the_probabilities(batch):
-    """w = pi_theta / pi_old; one in the padding. `approx_kl`, for the curves, is the log-ratio of old to new."""
+    """w = pi_theta / pi_old; one in the padding. `approx_kl`, for the curves, is k3 of KL[pi_old, pi_theta]."""
     log_ratio = (batch.logprobs - batch.old_logprobs).where(batch.completion_mask, 0.0)
     batch.logprobs.requires_grad_()
     _, curves = grpo_loss(*batch, torch.zeros_like(batch.logprobs))
     assert torch.equal(curves["ratio"], log_ratio.exp())
-    assert torch.equal(curves["approx_kl"], -log_ratio)
+    assert torch.equal(curves["approx_kl"], torch.expm1(log_ratio) - log_ratio)
     assert not any(curve.requires_grad for curve in curves.values())
 
 

@@ -120,6 +120,17 @@ def ask(model):
     return grpo.sharing_is_exact(model, model, [(ids, "") for ids in PROMPTS], args, run), said
 
 
+def test_a_sampler_in_bfloat16_keeps_the_positions_of_the_policy():
+    model = make_model("llama", torch.float32)
+    sampler = grpo.make_sampler(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in sampler.parameters()} == {torch.bfloat16}
+    for copied, original in zip(sampler.buffers(), model.buffers(), strict=True):
+        assert torch.equal(copied, original)
+    model.lm_head.weight.data.fill_(3.0)
+    grpo.refresh_sampler(sampler, model)
+    assert (sampler.lm_head.weight == 3.0).all()
+
+
 def test_a_batch_of_ragged_prompts_is_padded_on_the_left_by_length():
     ids, mask = grpo.pad_prompts([[0, 1], [1, 1, 0]], torch.device("cpu"))
     assert ids.tolist() == [[0, 0, 1], [1, 1, 0]]

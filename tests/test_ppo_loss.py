@@ -1,0 +1,702 @@
+# SPDX-License-Identifier: MIT
+"""What must hold for PPO: the loss of the policy (PPO Eqs. 7 and 8) and of the value model, the rewards of the tokens
+(DeepSeekMath Eq. 2), the value model itself, and how well it foretells.
+
+Both losses are a sum of weight times a term, so their gradient in the weights shows the term of every token, exactly:
+that is how clipping is looked at here, without a copy of the code.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from advantage import gae
+from families import NOT_SHARING, SHARING, make_batch, make_model
+from kl import exact_kl, kl_estimate
+from ppo import (
+    ValueModel,
+    completion_logprobs,
+    completion_values,
+    explained_variance,
+    loss_weights,
+    policy_loss,
+    token_rewards,
+    value_loss,
+)
+from strategies import Batch, assert_close, batches, dtypes, float64, garbage, masks, numbers, tensors
+
+eps = st.floats(1e-3, 0.999)
+value_eps = st.floats(1e-3, 5.0)
+averages = st.sampled_from(["sequence", "token", "constant"])
+betas = st.floats(0, 10)
+MAX_NEW_TOKENS = 7  # more than the tests' longest row
+
+
+def loss_and_curves(batch: Batch, weights: Tensor | None = None, **options) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss`, which has no use for the reference policy; without weights every token weighs 1."""
+    weights = torch.ones_like(batch.logprobs) if weights is None else weights
+    logprobs, old_logprobs, _, advantages, mask = batch
+    return policy_loss(logprobs, old_logprobs, advantages, mask, weights, **options)
+
+
+def objective(batch: Batch, **options) -> Tensor:
+    """What is averaged in Eq. 7 or Eq. 8, token by token, (N, T)."""
+    weights = torch.zeros_like(batch.logprobs).requires_grad_()
+    return -torch.autograd.grad(loss_and_curves(batch, weights, **options)[0], weights)[0]
+
+
+def loss_and_gradient(batch: Batch, weights: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient in the log-probabilities of the policy, (N, T)."""
+    logprobs = batch.logprobs.detach().requires_grad_()
+    loss, _ = loss_and_curves(batch._replace(logprobs=logprobs), weights, **options)
+    return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
+
+
+def ratio(batch: Batch) -> Tensor:
+    return loss_and_curves(batch)[1]["ratio"]
+
+
+def average(mask: Tensor, loss_average: str) -> Tensor:
+    return loss_weights(mask, loss_average, MAX_NEW_TOKENS)
+
+
+# ----- The ratio and its clipping: PPO Eq. 7 -----
+
+
+@given(batches())
+def test_the_ratio_is_that_of_the_probabilities(batch):
+    """PPO section 3: r = pi_theta / pi_old; one in the padding. No curve carries a gradient."""
+    log_ratio = (batch.logprobs - batch.old_logprobs).where(batch.completion_mask, 0.0)
+    batch.logprobs.requires_grad_()
+    for options in ({}, {"penalty_beta": 1.0}):
+        _, curves = loss_and_curves(batch, **options)
+        assert curves.keys() == {"ratio", "clip_frac", "approx_kl"}
+        assert torch.equal(curves["ratio"], log_ratio.exp())
+        assert not any(curve.requires_grad for curve in curves.values())
+
+
+@given(batches(), eps, eps)
+def test_the_clipped_objective_is_a_lower_bound(batch, clip_eps, clip_eps_high):
+    """Property 1: min(rA, clip(r)A) <= rA, exactly; `clip_frac` marks the tokens where it is less."""
+    options = dict(clip_eps=clip_eps, clip_eps_high=clip_eps_high)
+    bound = (ratio(batch) * batch.advantages).where(batch.completion_mask, 0.0)
+    assert (objective(batch, **options) <= bound).all()
+    clip_frac = loss_and_curves(batch, **options)[1]["clip_frac"]
+    assert torch.equal(clip_frac, (objective(batch, **options) < bound).float())
+
+
+@given(batches(), eps, eps)
+def test_clip_bounds_are_one_minus_clip_eps_and_one_plus_clip_eps_high(batch, clip_eps, clip_eps_high):
+    """Property 2: only the upper bound matters for A >= 0 and only the lower one for A < 0, exactly."""
+    r, advantages = ratio(batch), batch.advantages
+    low, high = (torch.tensor(bound, dtype=r.dtype) for bound in (1 - clip_eps, 1 + clip_eps_high))
+    bound = torch.where(advantages >= 0, high, low)
+    expected = torch.minimum(r * advantages, bound * advantages).where(batch.completion_mask, 0.0)
+    assert torch.equal(objective(batch, clip_eps=clip_eps, clip_eps_high=clip_eps_high), expected)
+
+
+@given(batches(), eps)
+def test_clip_eps_is_both_bounds_unless_clip_eps_high_is_given(batch, clip_eps):
+    """PPO Eq. 7, and DAPO's clip-higher as the exception. Without either, eps is the 0.2 of the paper."""
+    assert torch.equal(
+        objective(batch, clip_eps=clip_eps), objective(batch, clip_eps=clip_eps, clip_eps_high=clip_eps)
+    )
+    assert torch.equal(objective(batch), objective(batch, clip_eps=0.2))
+
+
+def test_clip_higher_moves_the_upper_bound_alone():
+    """DAPO's 0.2 and 0.28, at ratios outside, inside and between the bounds, for A = 1 and A = -1."""
+    r = torch.tensor([[0.5, 0.9, 1.1, 1.25, 1.5]], dtype=torch.float64)
+    mask, zero = torch.ones_like(r, dtype=torch.bool), torch.zeros_like(r)
+    for sign, symmetric, higher in (
+        (1.0, [0.5, 0.9, 1.1, 1.2, 1.2], [0.5, 0.9, 1.1, 1.25, 1.28]),
+        (-1.0, [-0.8, -0.9, -1.1, -1.25, -1.5], [-0.8, -0.9, -1.1, -1.25, -1.5]),
+    ):
+        batch = Batch(r.log(), zero, zero, sign * torch.ones_like(r), mask)
+        for options, expected in (({}, symmetric), ({"clip_eps_high": 0.28}, higher)):
+            found = objective(batch, clip_eps=0.2, **options)
+            assert found[0].tolist() == pytest.approx(expected)
+            clip_frac = loss_and_curves(batch, clip_eps=0.2, **options)[1]["clip_frac"]
+            assert torch.equal(clip_frac.bool(), (found - sign * r).abs() > 1e-9)
+
+
+@given(batches(), eps, eps)
+def test_the_gradient_vanishes_where_nothing_more_can_be_gained(batch, clip_eps, clip_eps_high):
+    """Property 3: d/dr = A if (A > 0 and r <= 1 + eps_high) or (A < 0 and r >= 1 - eps_low), else exactly 0.
+
+    d/dlogprobs is r times that."""
+    r, advantages = ratio(batch), batch.advantages
+    gradient = -loss_and_gradient(batch, clip_eps=clip_eps, clip_eps_high=clip_eps_high)[1]
+    inside = torch.where(advantages > 0, r <= 1 + clip_eps_high, r >= 1 - clip_eps)
+    edge = torch.minimum((r - 1 - clip_eps_high).abs(), (r - 1 + clip_eps).abs()) < 1e-6
+    assert gradient[~inside & ~edge].eq(0).all()
+    counts = inside & ~edge & batch.completion_mask
+    assert_close(gradient[counts], (r * advantages)[counts])
+
+
+@given(batches(), eps)
+def test_within_the_clip_range_nothing_is_clipped(batch, clip_eps):
+    """Property 4: |r - 1| < eps implies L^CLIP = L^CPI, exactly."""
+    r = ratio(batch)
+    inside = ((r - 1).abs() < clip_eps - 1e-6) & batch.completion_mask
+    assert torch.equal(objective(batch, clip_eps=clip_eps)[inside], (r * batch.advantages)[inside])
+    assert loss_and_curves(batch, clip_eps=clip_eps)[1]["clip_frac"][inside].eq(0).all()
+
+
+@given(batches(on_policy=True), averages, eps, st.none() | betas)
+def test_on_policy_the_gradient_is_that_of_the_vanilla_policy_gradient(batch, loss_average, clip_eps, penalty_beta):
+    """Property 5: at r = 1 exactly, d loss / d logprobs = -A weight, exactly. The penalty of Eq. 8 is at its minimum
+    there and adds nothing."""
+    weights = average(batch.completion_mask, loss_average).to(batch.logprobs)
+    assert ratio(batch).eq(1).all()
+    gradient = loss_and_gradient(batch, weights, clip_eps=clip_eps, penalty_beta=penalty_beta)[1]
+    assert torch.equal(gradient, -batch.advantages * weights)
+
+
+@given(batches(), averages, eps, st.floats(1e-3, 1e3))
+def test_scaled_advantages_scale_the_loss_and_the_gradient(batch, loss_average, clip_eps, scale):
+    """Property 6: A -> cA with c > 0; and A = 0 gives exactly 0 for both."""
+    options = dict(weights=average(batch.completion_mask, loss_average), clip_eps=clip_eps)
+    before = loss_and_gradient(batch, **options)
+    after = loss_and_gradient(batch._replace(advantages=scale * batch.advantages), **options)
+    size = scale * (ratio(batch) * batch.advantages).abs().max()
+    for found, expected in zip(after, before, strict=True):
+        assert_close(found, scale * expected, scale=size)
+    for found in loss_and_gradient(batch._replace(advantages=torch.zeros_like(batch.advantages)), **options):
+        assert found.eq(0).all()
+
+
+# ----- The KL penalty instead of clipping: PPO Eq. 8 -----
+
+
+@given(batches(), betas, eps)
+def test_the_penalised_objective_is_the_unclipped_one_less_beta_times_the_kl(batch, penalty_beta, clip_eps):
+    """PPO Eq. 8, token by token, whatever eps is; a penalty of 0 leaves rA, exactly."""
+    unclipped = (ratio(batch) * batch.advantages).where(batch.completion_mask, 0.0)
+    kl = loss_and_curves(batch)[1]["approx_kl"]
+    found = objective(batch, penalty_beta=penalty_beta, clip_eps=clip_eps)
+    assert_close(found, unclipped - penalty_beta * kl, scale=unclipped.abs().max())
+    assert torch.equal(objective(batch, penalty_beta=0.0, clip_eps=clip_eps), unclipped)
+    gradient = -loss_and_gradient(batch, penalty_beta=0.0, clip_eps=clip_eps)[1]
+    assert_close(gradient, unclipped)
+
+
+@given(batches())
+def test_approx_kl_is_never_negative_and_zero_where_the_policies_agree(batch):
+    """Property 18 for k3 = r - 1 - log r with r = pi_theta / pi_old: 0 in the padding, too."""
+    r, kl = ratio(batch), loss_and_curves(batch)[1]["approx_kl"]
+    assert kl.ge(0).all()
+    assert_close(kl, r - 1 - r.log(), scale=r.max())
+    assert kl[~batch.completion_mask].eq(0).all()
+    same = batch._replace(old_logprobs=batch.logprobs)
+    assert loss_and_curves(same)[1]["approx_kl"].eq(0).all()
+
+
+def test_approx_kl_is_never_negative_near_zero_in_float32():
+    """Property 18, where r - 1 - log r would round to less than 0: the early stop and the penalty read its mean."""
+    size = torch.logspace(-9, 1, 10_000)
+    log_ratio = torch.cat([size, -size])[None]
+    assert (log_ratio.exp() - 1 - log_ratio).min() < 0
+    zero, mask = torch.zeros_like(log_ratio), torch.ones_like(log_ratio, dtype=torch.bool)
+    assert loss_and_curves(Batch(log_ratio, zero, zero, zero, mask))[1]["approx_kl"].min() >= 0
+
+
+# Logits of pi_theta and pi_old and an advantage for every token of the vocabulary, (states, V) each.
+tables = st.tuples(st.integers(1, 3), st.integers(2, 8)).flatmap(
+    lambda shape: st.tuples(*(tensors(shape, -5.0, 5.0, float64) for _ in range(3)))
+)
+
+
+@given(tables, betas)
+def test_the_expected_penalty_is_the_kl_from_the_old_policy_to_the_new_one_and_so_is_its_gradient(drawn, penalty_beta):
+    """PPO Eq. 8, over all tokens, weighed by pi_old, which samples them: pi_theta A - beta KL[pi_old, pi_theta].
+
+    The other direction, KL[pi_theta, pi_old], is that of the penalty in the reward."""
+    logits, old_logits, advantages = drawn
+    for a in (advantages, torch.zeros_like(advantages)):
+        logits = logits.detach().requires_grad_()
+        logprobs, old_logprobs = logits.log_softmax(-1), old_logits.log_softmax(-1)
+        batch = Batch(logprobs, old_logprobs, logprobs, a, torch.ones_like(logits, dtype=torch.bool))
+        loss, curves = loss_and_curves(batch, weights=old_logprobs.exp(), penalty_beta=penalty_beta)
+        kl = exact_kl(old_logits, logits)
+        assert_close((old_logprobs.exp() * curves["approx_kl"]).sum(-1), kl.detach())
+        expected = penalty_beta * kl.sum() - (logprobs.exp() * a).sum()
+        assert_close(loss, expected.detach())
+        found, wanted = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected))
+        assert_close(found, wanted, scale=1 + penalty_beta)
+
+
+# ----- The loss of the value model -----
+
+
+class Estimates(NamedTuple):
+    """The first arguments of `value_loss`, in its order, each (N, T)."""
+
+    values: Tensor
+    old_values: Tensor
+    returns: Tensor
+    completion_mask: Tensor
+
+
+@st.composite
+def estimates(draw, moved: bool = True) -> Estimates:
+    """Values and old values, half of the time within 0.3 of 0; drawn apart, for a sum old + move is rounded already."""
+    mask, dtype = draw(masks()), st.just(draw(dtypes))
+    widest = draw(st.sampled_from([0.3, 10.0]))
+    old_values = draw(tensors(mask.shape, -widest, widest, dtype))
+    values = draw(tensors(mask.shape, -widest, widest, dtype)) if moved else old_values
+    return Estimates(values, old_values, draw(tensors(mask.shape, -10.0, 10.0, dtype)), mask)
+
+
+def value_errors(batch: Estimates, value_clip_eps: float) -> Tensor:
+    """max[(V - R)^2, (clipped V - R)^2], token by token, (N, T)."""
+    weights = torch.zeros_like(batch.values).requires_grad_()
+    return 2 * torch.autograd.grad(value_loss(*batch, weights, value_clip_eps)[0], weights)[0]
+
+
+def value_loss_and_gradient(batch: Estimates, weights: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient in the values, (N, T)."""
+    values = batch.values.detach().requires_grad_()
+    loss, _ = value_loss(values, *batch[1:], weights, **options)
+    return loss.detach(), torch.autograd.grad(loss, values)[0]
+
+
+def squared(error: Tensor, mask: Tensor) -> Tensor:
+    return error.square().where(mask, 0.0)
+
+
+@given(estimates(), value_eps)
+def test_the_clipped_value_loss_lies_between_its_bounds(batch, value_clip_eps):
+    """Property 37: (V - R)^2 <= loss <= max((V - R)^2, (|V_old - R| + eps)^2), the former exactly."""
+    values, old_values, returns, mask = batch
+    found, plain = value_errors(batch, value_clip_eps), squared(values - returns, mask)
+    assert (found >= plain).all()
+    highest = torch.maximum(plain, squared((old_values - returns).abs() + value_clip_eps, mask))
+    assert_close((found - highest).clamp(min=0), 0.0, scale=1 + highest.max())
+
+
+def assert_nothing_is_clipped(batch: Estimates, value_clip_eps: float) -> None:
+    """Where |V - V_old| < eps: the loss is (V - R)^2, no clipping is reported, and V = R has no gradient; exactly."""
+    values, old_values, returns, mask = batch
+    inside = ((values - old_values).abs() < value_clip_eps - 1e-5) & mask
+    _, clip_frac = value_loss(*batch, torch.ones_like(values), value_clip_eps)
+    assert clip_frac[inside].eq(0).all()
+    assert torch.equal(value_errors(batch, value_clip_eps)[inside], (values - returns).square()[inside])
+    reached = batch._replace(returns=values)
+    gradient = value_loss_and_gradient(reached, torch.ones_like(values), value_clip_eps=value_clip_eps)[1]
+    assert gradient[inside].eq(0).all()
+
+
+@given(estimates(), value_eps)
+def test_within_the_value_clip_range_nothing_is_clipped(batch, value_clip_eps):
+    """Properties 37 and 38: |V - V_old| < eps implies that the loss is (V - R)^2."""
+    assert_nothing_is_clipped(batch, value_clip_eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_within_the_value_clip_range_nothing_is_clipped_by_rounding(dtype):
+    """Properties 37 and 38, where V_old + (V - V_old) would miss V by rounding: ten thousand small values."""
+    values, old_values = 0.05 * torch.randn(2, 1, 10_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    assert (old_values + (values - old_values)).ne(values).any()
+    returns, mask = (values > 0).to(dtype), torch.ones_like(values, dtype=torch.bool)
+    assert_nothing_is_clipped(Estimates(values, old_values, returns, mask), 0.2)
+
+
+@given(estimates(moved=False), value_eps, averages)
+def test_while_the_value_is_the_old_one_the_value_gradient_is_weight_times_error(batch, value_clip_eps, loss_average):
+    """Property 37: before the first update of a step the clipping is inert: d loss / d V = weight (V - R), exactly."""
+    values, _, returns, mask = batch
+    weights = average(mask, loss_average).to(values)
+    loss, gradient = value_loss_and_gradient(batch, weights, value_clip_eps=value_clip_eps)
+    assert torch.equal(gradient, weights * (values - returns).where(mask, 0.0))
+    assert_close(loss, (0.5 * weights * squared(values - returns, mask)).sum())
+    assert value_loss(*batch, weights, value_clip_eps)[1].eq(0).all()
+
+
+@given(estimates(), value_eps)
+def test_the_value_gradient_vanishes_only_where_the_clipped_error_is_the_larger(batch, value_clip_eps):
+    """Property 38: the gradient is 0 iff V = R, or |V - V_old| > eps and the clipped error is the larger; else V - R.
+
+    The second result marks the latter tokens."""
+    values, old_values, returns, mask = batch
+    gradient = value_loss_and_gradient(batch, torch.ones_like(values), value_clip_eps=value_clip_eps)[1]
+    move, plain = values - old_values, (values - returns).square()
+    clipped = (old_values + value_clip_eps * move.sign() - returns).square()
+    stuck = (move.abs() > value_clip_eps) & (clipped > plain)
+    # Not where rounding decides: on the edge of the range, and outside of it where both errors are one.
+    edge = (move.abs() - value_clip_eps).abs() < 1e-5
+    edge |= (move.abs() > value_clip_eps) & ((clipped - plain).abs() < 1e-3)
+    assert gradient[stuck & ~edge].eq(0).all()
+    moving = ~stuck & ~edge & mask
+    assert_close(gradient[moving], (values - returns)[moving], scale=10)
+    far = (values - returns).abs() > 1e-4
+    assert gradient[moving & far].ne(0).all()
+    _, clip_frac = value_loss(*batch, torch.ones_like(values), value_clip_eps)
+    assert clip_frac[stuck & ~edge & mask].eq(1).all()
+    assert clip_frac[(move.abs() > value_clip_eps) & ~stuck & ~edge].eq(0).all()
+    assert clip_frac[~mask].eq(0).all()
+
+
+def test_the_value_loss_of_five_moves_from_zero_towards_and_away_from_one():
+    """Ziegler et al.'s code with V_old = 0, R = 1 and eps = 0.2, which is the default: only V = 0.5 is held back."""
+    values = torch.tensor([[-1.0, -0.1, 0.1, 0.5, 2.0]], dtype=torch.float64)
+    one, mask = torch.ones_like(values), torch.ones_like(values, dtype=torch.bool)
+    batch = Estimates(values, torch.zeros_like(values), one, mask)
+    gradient = value_loss_and_gradient(batch, one)[1]
+    assert value_errors(batch, 0.2)[0].tolist() == pytest.approx([4.0, 1.21, 0.81, 0.64, 1.0])
+    assert gradient[0].tolist() == pytest.approx([-2.0, -1.1, -0.9, 0.0, 1.0])
+    loss, clip_frac = value_loss(values.requires_grad_(), *batch[1:], one)
+    assert loss.item() == pytest.approx((4.0 + 1.21 + 0.81 + 0.64 + 1.0) / 2)
+    assert clip_frac.tolist() == [[0.0, 0.0, 0.0, 1.0, 0.0]]
+    assert not clip_frac.requires_grad
+
+
+# ----- Token rewards: DeepSeekMath Eq. 2, InstructGPT Eq. 2 -----
+
+
+def outcomes(num_rows: int, dtype: torch.dtype) -> st.SearchStrategy[Tensor]:
+    """(N,), what the task pays."""
+    return tensors((num_rows,), -10.0, 10.0, st.just(dtype))
+
+
+@given(batches(), betas, st.data())
+def test_token_rewards_sum_to_the_score_less_beta_times_the_log_ratio_of_the_completion(batch, beta, data):
+    """Property 24: R - beta sum_t k1_t = R - beta (log pi(y) - log ref(y))."""
+    logprobs, _, ref_logprobs, _, mask = batch
+    rewards = data.draw(outcomes(len(mask), logprobs.dtype))
+    found = token_rewards(rewards, kl_estimate(logprobs, ref_logprobs, "k1"), mask, beta)
+    log_pi, log_ref = (x.where(mask, 0.0).sum(1) for x in (logprobs, ref_logprobs))
+    assert_close(found.sum(1), rewards - beta * (log_pi - log_ref), scale=10 * (1 + beta))
+
+
+@given(batches(), betas, st.data())
+def test_the_score_is_paid_on_the_last_token_and_the_kl_on_every_token(batch, beta, data):
+    """DeepSeekMath Eq. 2, exactly: the last token that the mask counts, and 0 in the padding."""
+    mask, kl = batch.completion_mask, kl_estimate(batch.logprobs, batch.ref_logprobs, "k1")
+    rewards = data.draw(outcomes(len(mask), kl.dtype))
+    scores = token_rewards(rewards, torch.zeros_like(kl), mask, beta)
+    penalties = token_rewards(torch.zeros_like(rewards), kl, mask, beta)
+    both = token_rewards(rewards, kl, mask, beta)
+    for i, length in enumerate(mask.sum(1).tolist()):
+        last = length - 1
+        assert scores[i, last] == rewards[i]
+        assert scores[i, :last].eq(0).all()
+        assert torch.equal(penalties[i, :length], -beta * kl[i, :length])
+        assert torch.equal(both[i, :last], penalties[i, :last])
+        assert both[i, last] == rewards[i] - beta * kl[i, last]
+        for found in (scores, penalties, both):
+            assert found[i, length:].eq(0).all()
+
+
+@given(masks(), betas)
+def test_rows_without_a_token_are_paid_nothing(mask, beta):
+    mask[0] = False
+    found = token_rewards(torch.ones(len(mask)), torch.ones(mask.shape), mask, beta)
+    assert found[0].eq(0).all()
+
+
+def test_token_rewards_carry_no_gradient():
+    """Eq. 2: what is paid is a number, however the KL was computed."""
+    rewards, kl = torch.ones(2, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    assert not token_rewards(rewards, kl, torch.ones(2, 3, dtype=torch.bool), 0.1).requires_grad
+
+
+@given(batches(), betas, st.data())
+def test_without_values_and_discount_the_advantage_is_the_reward_to_go(batch, beta, data):
+    """Property 26 through the whole chain: with V = 0, A_t = R - beta sum_{s >= t} k1_s: a token answers for its own KL
+    and for that of all tokens after it, never of those before. With any V, A_t is that less V_t."""
+    logprobs, _, ref_logprobs, _, mask = batch
+    rewards = data.draw(outcomes(len(mask), logprobs.dtype))
+    rewards_t = token_rewards(rewards, kl_estimate(logprobs, ref_logprobs, "k1"), mask, beta)
+    to_go = torch.zeros_like(logprobs)
+    for i, length in enumerate(mask.sum(1).tolist()):
+        for t in range(length):
+            to_go[i, t] = rewards[i] - beta * (logprobs - ref_logprobs)[i, t:length].sum()
+    some_values = data.draw(tensors(mask.shape, -10.0, 10.0, st.just(logprobs.dtype)))
+    for values in (torch.zeros_like(logprobs), some_values):
+        advantages, returns = gae(rewards_t, values, mask, gamma=1.0, gae_lambda=1.0)
+        assert_close(returns, to_go, scale=10 * (1 + beta))
+        assert_close(advantages, (to_go - values).where(mask, 0.0), scale=10 * (1 + beta))
+
+
+# ----- The value model -----
+
+
+def plain(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> tuple:
+    """The same batch with a prompt of its own for every completion."""
+    group_size = len(completion_ids) // len(prompt_ids)
+    return *(x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask)), completion_ids, completion_mask
+
+
+def trained_value_model(policy: nn.Module) -> ValueModel:
+    """With a head that is no longer 0, in the policy's dtype."""
+    value_model = ValueModel(policy).to(policy.dtype)
+    torch.manual_seed(1)
+    for parameter in value_model.head.parameters():
+        nn.init.normal_(parameter)
+    return value_model
+
+
+@torch.no_grad()
+def state_by_state(value_model: ValueModel, prompt_ids, prompt_mask, completion_ids, completion_mask) -> Tensor:
+    """The plainest way: every state s_t = (q, o_{<t}) alone, without padding and without the tokens that follow it."""
+    group_size = len(completion_ids) // len(prompt_ids)
+    values = torch.zeros(completion_ids.shape, dtype=torch.float64)
+    for i, (ids, mask) in enumerate(zip(completion_ids, completion_mask, strict=True)):
+        prompt, tokens = prompt_ids[i // group_size][prompt_mask[i // group_size]], ids[mask]
+        for t in range(len(tokens)):
+            state = torch.cat([prompt, tokens[:t]])
+            hidden = value_model.backbone(state[None], use_cache=False).last_hidden_state[0, -1]
+            values[i, t] = hidden @ value_model.head.weight[0] + value_model.head.bias[0]
+    return values
+
+
+# OPT-350m has states that are narrower than the model that computes them.
+PROJECTED = {"opt with a projection": dict(ffn_dim=48, word_embed_proj_dim=16)}
+
+
+@pytest.mark.parametrize("family", SHARING | PROJECTED)
+def test_packed_and_plain_values_are_those_of_the_state_before_each_token(family):
+    policy = make_model(family.split()[0], **(SHARING | PROJECTED)[family])
+    value_model, batch = trained_value_model(policy), make_batch(group_size=2)
+    alone = state_by_state(value_model, *batch)
+    assert alone[batch[3]].std() > 0.1
+    tolerance = 1e-5 if family == "gemma2" else 1e-10  # gemma2's eager attention takes its softmax in float32
+    with torch.no_grad():
+        for rows in (batch, plain(*batch)):
+            torch.testing.assert_close(completion_values(value_model, *rows), alone, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("family", NOT_SHARING)
+def test_plain_values_are_right_where_packed_ones_are_not(family):
+    value_model = trained_value_model(make_model(family, **NOT_SHARING[family]))
+    batch = make_batch(num_prompts=2, group_size=2, width=12)
+    with torch.no_grad():
+        packed, unpacked = (completion_values(value_model, *rows) for rows in (batch, plain(*batch)))
+    alone = state_by_state(value_model, *batch)
+    torch.testing.assert_close(unpacked, alone, atol=1e-5, rtol=0)
+    assert (packed - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite", "opt"])
+def test_the_value_model_starts_at_exactly_zero(family):
+    """Ziegler et al.: the head is initialised to zero. Only its gradient is not zero, and so it learns."""
+    value_model, batch = ValueModel(make_model(family, torch.float32, **SHARING[family])), make_batch()
+    for rows in (batch, plain(*batch)):
+        values = completion_values(value_model, *rows)
+        assert values.shape == batch[2].shape
+        assert values.eq(0).all()
+        values.sum().backward()
+        assert value_model.head.weight.grad.ne(0).any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_value_model_starts_from_a_copy_of_the_policy_and_shares_nothing_with_it(family):
+    """Training one does not change the other, be the output head tied to the embeddings (gpt2) or not (llama)."""
+    policy, batch = make_model(family, **SHARING[family]), make_batch()
+    value_model = trained_value_model(policy)
+    backbone = policy.base_model.state_dict()
+    assert backbone.keys() == value_model.backbone.state_dict().keys()
+    for name, tensor in value_model.backbone.state_dict().items():
+        assert torch.equal(tensor, backbone[name])
+    models = policy, value_model
+    storages = [{x.untyped_storage().data_ptr() for x in (*m.parameters(), *m.buffers())} for m in models]
+    assert storages[0].isdisjoint(storages[1])
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        return completion_logprobs(policy, *batch, 1.0)[0], completion_values(value_model, *batch)
+
+    logprobs, values = outputs()
+    values.sum().backward()
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    torch.optim.SGD(value_model.backbone.parameters(), lr=1e-2).step()
+    after = outputs()
+    assert torch.equal(after[0], logprobs)
+    assert not torch.equal(after[1], values)
+    value_model.zero_grad()
+    after[0].sum().backward()
+    assert all(parameter.grad is None for parameter in value_model.parameters())
+    torch.optim.SGD(policy.parameters(), lr=1e-2).step()
+    last = outputs()
+    assert not torch.equal(last[0], logprobs)
+    assert torch.equal(last[1], after[1])
+
+
+def test_packed_and_plain_rows_give_the_value_model_the_same_gradient():
+    value_model, batch = trained_value_model(make_model("gpt2", **SHARING["gpt2"])), make_batch()
+    weights = torch.randn(batch[2].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for rows in (batch, plain(*batch)):
+        value_model.zero_grad()
+        (completion_values(value_model, *rows) * weights).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in value_model.parameters()]))
+    assert gradients[1].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() < 1e-12 * gradients[1].norm()
+
+
+def test_what_stands_in_the_padding_changes_no_value():
+    """Property 31: other ids there, and columns added; the values there are exactly 0."""
+    value_model, (prompt_ids, prompt_mask, completion_ids, completion_mask) = (
+        trained_value_model(make_model("llama")), make_batch()
+    )  # fmt: skip
+    first = completion_values(value_model, prompt_ids, prompt_mask, completion_ids, completion_mask)
+    prompt_ids, completion_ids = prompt_ids.where(prompt_mask, 1), completion_ids.where(completion_mask, 1)
+    wider = [pad(x, (0, 3)) for x in (completion_ids, completion_mask)]
+    second = completion_values(value_model, prompt_ids, prompt_mask, *wider)
+    assert torch.equal(second[:, :-3], first)
+    assert second[~wider[1]].eq(0).all()
+
+
+def test_values_are_float32_over_a_bfloat16_model():
+    value_model = trained_value_model(make_model("llama", torch.bfloat16))
+    assert completion_values(value_model, *make_batch()).dtype == torch.float32
+
+
+# ----- How well it foretells -----
+
+
+@st.composite
+def returns_and_masks(draw) -> tuple[Tensor, Tensor]:
+    """At least two tokens, whose returns differ by more than 1."""
+    mask = draw(masks().filter(lambda mask: mask.sum() > 1))
+    steps = 3.0 * torch.arange(mask.numel()).view(mask.shape)
+    returns = draw(tensors(mask.shape, -1.0, 1.0))
+    return returns + steps.to(returns), mask
+
+
+@given(returns_and_masks(), numbers(-10, 10))
+def test_perfect_foresight_explains_all_variance_and_a_constant_none(drawn, constant):
+    """1 for V = R; 0 for V = mean R, and for every other constant."""
+    returns, mask = drawn
+    assert explained_variance(returns, returns, mask) == 1
+    for value in (returns[mask].mean(), torch.tensor(constant)):
+        explained = explained_variance(torch.full_like(returns, value.item()), returns, mask)
+        assert_close(explained, 0.0)
+
+
+@given(returns_and_masks(), numbers(-2, 2), numbers(-10, 10))
+def test_a_value_that_goes_a_part_of_the_way_leaves_the_square_of_the_rest_unexplained(drawn, part, shift):
+    """V = part R + shift gives 1 - (1 - part)^2: going the wrong way is worse than a constant."""
+    returns, mask = drawn
+    assert_close(explained_variance(part * returns + shift, returns, mask), 1 - (1 - part) ** 2, scale=10)
+
+
+@given(returns_and_masks(), numbers(-2, 2), garbage, st.integers(0, 3), st.data())
+def test_padding_garbage_changes_no_explained_variance(drawn, part, garbage, extra, data):
+    """Property 31."""
+    returns, mask = drawn
+    values = part * returns + data.draw(tensors(mask.shape, -1.0, 1.0, st.just(returns.dtype)))
+    wide = pad(mask, (0, extra))
+    dirty = [pad(x, (0, extra)).where(wide, garbage) for x in (values, returns)]
+    assert_close(explained_variance(*dirty, wide), explained_variance(values, returns, mask), scale=10)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_equal_returns_are_no_division_by_zero(count):
+    """All right or all wrong: what varies is V alone. One token has no variance at all."""
+    returns, mask = torch.ones(1, count), torch.ones(1, count, dtype=torch.bool)
+    assert explained_variance(returns, returns, mask) == 1
+    explained = explained_variance(0.1 * torch.arange(count)[None], returns, mask)
+    assert explained.isfinite()
+    assert explained == 1 if count == 1 else explained < 0
+
+
+# ----- Padding and micro-batches -----
+
+every_option = st.fixed_dictionaries({
+    "clip_eps": eps,
+    "clip_eps_high": st.none() | eps,
+    "penalty_beta": st.none() | betas,
+})
+
+
+def size_of(batch: Batch, options: dict) -> Tensor:
+    """The largest objective of a token: what rounding is relative to."""
+    unclipped = (ratio(batch) * batch.advantages).abs().max()
+    return 1 + objective(batch, **options).abs().max() + unclipped
+
+
+def dirty(data: st.DataObject, x: Tensor, mask: Tensor) -> Tensor:
+    """`x` with columns added up to the width of the mask, and up to 1e30, inf or NaN wherever the mask is false."""
+    noise = data.draw(tensors(mask.shape, -1.0, 1.0, st.just(x.dtype)))
+    noise = noise * data.draw(st.sampled_from([1.0, 1e30, torch.inf]))
+    return pad(x, (0, mask.shape[1] - x.shape[1])).where(mask, noise)
+
+
+@given(batches(), averages, every_option, st.integers(0, 3), st.data())
+def test_padding_garbage_changes_no_policy_loss_and_no_gradient(batch, loss_average, options, extra, data):
+    """Property 31: log-ratios of 1e30 or inf there, and columns added; gradients in the padding are exactly 0."""
+    width, mask = batch.logprobs.shape[1], pad(batch.completion_mask, (0, extra))
+    padded = Batch(*(dirty(data, x, mask) for x in batch[:4]), mask)
+    loss, gradient = loss_and_gradient(batch, average(batch.completion_mask, loss_average), **options)
+    padded_loss, padded_gradient = loss_and_gradient(padded, average(mask, loss_average), **options)
+    assert_close(padded_loss, loss, scale=size_of(batch, options))
+    assert_close(padded_gradient[:, :width], gradient, scale=size_of(batch, options))
+    assert padded_gradient[~mask].eq(0).all()
+    assert gradient[~batch.completion_mask].eq(0).all()
+    curves, padded_curves = loss_and_curves(batch, **options)[1], loss_and_curves(padded, **options)[1]
+    for name, curve in curves.items():
+        assert_close(padded_curves[name][:, :width], curve)
+
+
+@given(estimates(), averages, value_eps, st.integers(0, 3), st.data())
+def test_padding_garbage_changes_no_value_loss_and_no_gradient(batch, loss_average, value_clip_eps, extra, data):
+    """Property 31."""
+    width, mask = batch.values.shape[1], pad(batch.completion_mask, (0, extra))
+    padded, options = Estimates(*(dirty(data, x, mask) for x in batch[:3]), mask), {"value_clip_eps": value_clip_eps}
+    loss, gradient = value_loss_and_gradient(batch, average(batch.completion_mask, loss_average), **options)
+    padded_loss, padded_gradient = value_loss_and_gradient(padded, average(mask, loss_average), **options)
+    assert_close(padded_loss, loss)
+    assert_close(padded_gradient[:, :width], gradient)
+    assert padded_gradient[~mask].eq(0).all()
+    assert gradient[~batch.completion_mask].eq(0).all()
+    weights = torch.ones_like(padded.values)
+    assert torch.equal(
+        value_loss(*padded, weights, value_clip_eps)[1][:, :width],
+        value_loss(*batch, weights[:, :width], value_clip_eps)[1],
+    )
+
+
+@given(batches(), betas, st.integers(0, 3), st.data())
+def test_padding_garbage_changes_no_token_reward(batch, beta, extra, data):
+    """Property 31, exactly; beta = 0 makes no NaN of an infinite KL in the padding."""
+    kl, mask = kl_estimate(batch.logprobs, batch.ref_logprobs, "k3"), pad(batch.completion_mask, (0, extra))
+    rewards = data.draw(outcomes(len(mask), kl.dtype))
+    for weight in (beta, 0.0):
+        found = token_rewards(rewards, dirty(data, kl, mask), mask, weight)
+        expected = token_rewards(rewards, kl, batch.completion_mask, weight)
+        assert torch.equal(found[:, : kl.shape[1]], expected)
+        assert found[~mask].eq(0).all()
+
+
+def pieces_of(data: st.DataObject, num_rows: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The rows in any order, and the same cut anywhere."""
+    order = torch.tensor(data.draw(st.permutations(range(num_rows))))
+    return order, order.tensor_split(sorted(data.draw(st.sets(st.integers(0, num_rows)))))
+
+
+@given(batches(), averages, every_option, st.data())
+def test_micro_batches_add_up_to_the_policy_loss_and_gradient_of_the_update(batch, loss_average, options, data):
+    """Property 42, its part in the loss: however the rows are ordered and cut, the weights being those of all."""
+    order, parts = pieces_of(data, len(batch.logprobs))
+    weights = average(batch.completion_mask, loss_average)
+    loss, gradient = loss_and_gradient(batch, weights, **options)
+    pieces = [loss_and_gradient(Batch(*(x[rows] for x in batch)), weights[rows], **options) for rows in parts]
+    assert_close(sum(piece[0] for piece in pieces), loss, scale=size_of(batch, options))
+    assert_close(torch.cat([piece[1] for piece in pieces]), gradient[order], scale=size_of(batch, options))
+
+
+@given(estimates(), averages, value_eps, st.data())
+def test_micro_batches_add_up_to_the_value_loss_and_gradient_of_the_update(batch, loss_average, value_clip_eps, data):
+    """Property 42, its part in the loss of the value model."""
+    order, parts = pieces_of(data, len(batch.values))
+    weights, options = average(batch.completion_mask, loss_average), {"value_clip_eps": value_clip_eps}
+    loss, gradient = value_loss_and_gradient(batch, weights, **options)
+    pieces = [value_loss_and_gradient(Estimates(*(x[rows] for x in batch)), weights[rows], **options) for rows in parts]
+    assert_close(sum(piece[0] for piece in pieces), loss)
+    assert_close(torch.cat([piece[1] for piece in pieces]), gradient[order])
