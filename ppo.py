@@ -931,6 +931,7 @@ def tiny_policy() -> Path:
     if folder.exists():
         return folder
 
+    tqdm.write("pretraining the tiny model, once", file=sys.stderr)
     characters = sorted({character for text in texts for character in "".join(text)})
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate([*characters, "<end>"])}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
