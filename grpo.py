@@ -44,6 +44,7 @@ What stands below the banner PLUMBING (files, folders, the tiny model) is not pa
 import bisect
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -62,14 +63,23 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jinja2
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from advantage import group_advantages, process_advantages
@@ -136,8 +146,10 @@ class Args:
     """compute a prompt once for its group, in sampling and in scoring; switched off where a model cannot do it"""
     micro_batch_tokens: int = 8192
     """most tokens, padding included, in one forward and backward pass; does not change the gradient"""
+    gradient_checkpointing: bool = False
+    """compute every layer again in the backward pass instead of keeping what it needs: less memory, a third slower"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the computation, over float32 master weights; auto: bfloat16 on CUDA, else float32"""
+    """of the computation, over float32 master weights; auto: bfloat16 where it is fast and the model is not tiny"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: the first of cuda, mps and cpu that is there"""
     # The run
@@ -170,8 +182,8 @@ INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 def read_problem(record: dict) -> Problem:
     """One line of --data. A bare "question" gets the instruction; a "prompt" is taken as it is."""
     prompt = record["question"] + INSTRUCTION if "question" in record else record["prompt"]
-    if final_number("#" + record["answer"]) is None:
-        raise ValueError('"answer" must end in one number, alone or after ####')
+    if not isinstance(record["answer"], str) or final_number("#" + record["answer"]) is None:
+        raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
     return Problem(prompt, record["answer"])
 
 
@@ -224,35 +236,35 @@ def tiny_demonstration(problem: Problem, rng: random.Random) -> str:
 
 # ----- 1. Generate completions: o_1 .. o_G ~ pi_old(. | q) -----
 
+STOP_TEST_EVERY = 4  # tokens; a test waits for the device, and leaving out finished rows copies the others
+
 
 @torch.no_grad()
 def generate_completions(
     policy: nn.Module,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
-    group_size: int,
-    max_new_tokens: int,
+    uniforms: Tensor,
     temperature: float,
     eos_ids: Tensor,
-    generator: torch.Generator | None = None,
     share_prompt: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample G completions per prompt from softmax(logits / temperature), the whole vocabulary, no top-k or top-p.
 
     Args:
         prompt_ids, prompt_mask: (B, P), padded on the left; the mask is true on the tokens.
+        uniforms: (B, G, T), a random number in [0, 1) for every token of G completions, T the longest. Drawn in
+            advance, so what a row samples depends neither on the other rows nor on the process that runs it.
         temperature: 0 takes the most probable token.
         eos_ids: (E,), every id that ends a completion.
-        generator: of the random numbers, on the CPU: a seed means the same on every device.
         share_prompt: False runs every row with its own prompt, and finished rows too, to the end.
 
     Returns:
         completion_ids, completion_mask, logprobs: (N, T), N = B * G, prompt by prompt, T the longest length.
     """
-    num_rows, device = prompt_ids.shape[0] * group_size, prompt_ids.device
-    # One number per token, drawn in advance: what a row samples does not depend on which other rows still run.
-    double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    uniforms = torch.rand(num_rows, max_new_tokens, dtype=double, generator=generator).to(device)
+    _, group_size, max_new_tokens = uniforms.shape
+    device, double = prompt_ids.device, torch.float32 if prompt_ids.device.type == "mps" else torch.float64
+    uniforms = uniforms.flatten(0, 1).to(device, double)                                    # (N, T)
     if not share_prompt:
         prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
     position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                                 # padding shifts no position
@@ -263,44 +275,65 @@ def generate_completions(
         # The prompt ran once. Its keys and values are now repeated for the G completions that follow it.
         cache.batch_repeat_interleave(group_size)
         logits, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (logits, prompt_mask))
+    reserve(cache, max_new_tokens)
 
-    completion_ids = torch.zeros(num_rows, max_new_tokens, dtype=torch.long, device=device)  # (N, T)
-    logprobs = torch.zeros(num_rows, max_new_tokens, device=device)                         # (N, T)
-    lengths = torch.full((num_rows,), max_new_tokens, device=device)                        # (N,), end token included
-    rows = torch.arange(num_rows, device=device)                                            # rows that still run
-    attention_mask, next_position = prompt_mask.long(), prompt_mask.sum(1)
+    completion_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)           # (N, T)
+    logprobs = torch.zeros(uniforms.shape, device=device)                                   # (N, T)
+    rows = torch.arange(len(uniforms), device=device)                                       # those still in the batch
+    running = torch.ones_like(rows, dtype=torch.bool)
+    visible = torch.cat([prompt_mask, torch.ones_like(completion_ids, dtype=torch.bool)], dim=1).long()  # (N, P + T)
+    next_position = prompt_mask.sum(1)
     for t in range(max_new_tokens):
         logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                      # (rows, V)
         if temperature == 0:
             tokens = logp.argmax(-1)                                                        # (rows,)
         else:
-            cdf = logp.to(double).exp().cumsum(-1)                                          # (rows, V)
+            # The first token whose cumulative probability exceeds the random number.
+            cdf = logp.exp().cumsum(-1, dtype=double)                                       # (rows, V)
             tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
             tokens = tokens.clamp(max=cdf.shape[1] - 1)
         completion_ids[rows, t] = tokens
         logprobs[rows, t] = logp.gather(1, tokens[:, None])[:, 0]
 
-        ended = torch.isin(tokens, eos_ids)
-        lengths[rows] = torch.where(ended, lengths[rows].clamp(max=t + 1), lengths[rows])
-        if share_prompt and ended.any():
-            # Finished rows leave the batch and the cache.
-            running = (~ended).nonzero()[:, 0]
-            rows, tokens = rows[running], tokens[running]
-            attention_mask, next_position = attention_mask[running], next_position[running]
-            cache.batch_select_indices(running)
-        if t + 1 == max_new_tokens or (lengths[rows] <= t + 1).all():
+        running = running & ~torch.isin(tokens, eos_ids)
+        if t + 1 == max_new_tokens:
             break
-        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-        context = dict(attention_mask=attention_mask, position_ids=(next_position + t)[:, None])
+        if (t + 1) % STOP_TEST_EVERY == 0 and not running.all():
+            if not running.any():
+                break
+            if share_prompt:
+                # Finished rows leave the batch and the cache.
+                kept = running.nonzero()[:, 0]
+                rows, running, tokens, visible, next_position = (
+                    x[kept] for x in (rows, running, tokens, visible, next_position)
+                )
+                cache.batch_select_indices(kept)
+        seen = visible[:, : prompt_mask.shape[1] + t + 1]                                   # (rows, P + t + 1)
+        context = dict(attention_mask=seen, position_ids=next_position[:, None] + t)
         logits = policy(tokens[:, None], **context, past_key_values=cache, use_cache=True).logits[:, -1]
 
-    longest = int(lengths.max())
-    completion_mask = torch.arange(longest, device=device) < lengths[:, None]               # (N, T)
-    completion_ids, logprobs = completion_ids[:, :longest], logprobs[:, :longest]
-    return completion_ids.where(completion_mask, 0), completion_mask, logprobs.where(completion_mask, 0.0)
+    ended = torch.isin(completion_ids, eos_ids)                                             # (N, T)
+    completion_mask = ended.cumsum(1) - ended.long() == 0                                   # through the first end
+    longest = int(completion_mask.sum(1).max())
+    columns = completion_ids.where(completion_mask, 0), completion_mask, logprobs.where(completion_mask, 0.0)
+    return tuple(x[:, :longest] for x in columns)
 
 
 # ----- Log-probabilities: log pi(o_{i,t} | q, o_{i,<t}), for the ratio and for the KL -----
+
+
+def gathering_weights(function: Callable) -> Callable:
+    """With several processes, each holds a part of a model's weights; FSDP2 gathers them while the model's forward
+    runs. This makes function(model, ...) that forward. On one process it changes nothing."""
+
+    @functools.wraps(function)
+    def call(model: nn.Module, *args, **kwargs):
+        if not isinstance(model, FSDPModule):
+            return function(model, *args, **kwargs)
+        model.forward = functools.partial(function, model)
+        return model(*args, **kwargs)
+
+    return call
 
 
 def completion_hidden(
@@ -325,8 +358,8 @@ def completion_hidden(
     segment = torch.cat([torch.zeros_like(prompt_ids), segment.expand(num_prompts, -1)], dim=1)  # (B, P + k T)
     position = torch.arange(width, device=device).repeat(share) + prompt_lengths            # (B, k T)
     position = torch.cat([(prompt_mask.cumsum(1) - 1).clamp(min=0), position], dim=1)       # (B, P + k T)
-    ids = torch.cat([prompt_ids, completion_ids.view(num_prompts, -1)], dim=1)              # (B, P + k T)
-    mask = torch.cat([prompt_mask, completion_mask.view(num_prompts, -1)], dim=1)           # (B, P + k T)
+    ids = torch.cat([prompt_ids, completion_ids.reshape(num_prompts, -1)], dim=1)              # (B, P + k T)
+    mask = torch.cat([prompt_mask, completion_mask.reshape(num_prompts, -1)], dim=1)           # (B, P + k T)
 
     # Close the gaps: tokens first, in their order, padding last. L is the longest row.
     order = (~mask).byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]         # (B, L)
@@ -352,15 +385,18 @@ def completion_hidden(
 def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
     """(M, H) -> (M, V), with the scalings that some model families apply after the head."""
     config = policy.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     logits = policy.get_output_embeddings()(hidden)
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    logits = logits if scale == 1 else logits * scale
     cap = getattr(config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-LOGITS_AT_ONCE = 2**27  # (tokens, V) entries of the float32 log-softmax: half a gigabyte
+# (tokens, V) entries of the float32 log-softmax at once: half a gigabyte on an accelerator, a cache's worth on a CPU.
+LOGITS_AT_ONCE = {"cuda": 2**27, "mps": 2**27, "cpu": 2**22}
 
 
+@gathering_weights
 def completion_logprobs(
     policy: nn.Module,
     prompt_ids: Tensor,
@@ -386,7 +422,8 @@ def completion_logprobs(
         return logp.gather(1, tokens[:, None])[:, 0], entropy
 
     # A large vocabulary is scored in pieces that the backward pass computes again: no (N, T, V) tensor is ever held.
-    pieces = math.ceil(len(tokens) * policy.config.get_text_config().vocab_size / LOGITS_AT_ONCE)
+    vocab_size = policy.config.get_text_config().vocab_size
+    pieces = math.ceil(len(tokens) * vocab_size / LOGITS_AT_ONCE[tokens.device.type])
     if pieces > 1:
         chunks = zip(hidden.tensor_split(pieces), tokens.tensor_split(pieces), strict=True)
         scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
@@ -489,22 +526,26 @@ def train(args: Args) -> Path:
     if args.process_supervision and choices != ("group", "mean", "loss"):
         raise UserError("--process-supervision needs the default advantage scale, baseline and KL placement")
     run = Run(args, "grpo")
+    problems, held_out = load_problems(args)
     tokenizer, policy, eos_ids = load_policy(args.model, run.device)
-    problems, held_out = load_problems(args, tokenizer, policy)
     ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta > 0 else None     # no KL, no reference
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    # What a checkpoint holds. A reference that never changes is the --model itself.
-    state = {"policy": policy, "optimizer": optimizer, "ref_policy": ref_policy if args.ref_refresh_every else None}
-    first_step = run.load_checkpoint(state)
     sampler = make_sampler(policy, run.dtype)
     share_prompt = args.share_prompt and sharing_is_exact(policy, sampler, problems, args, run)
+    prepare(policy, args.gradient_checkpointing)
+    prepare(ref_policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    # What a checkpoint holds. A reference that never changes is the --model itself.
+    state = {"policy": policy, "optimizer": (policy, optimizer)}
+    state |= {"ref_policy": ref_policy} if ref_policy and args.ref_refresh_every else {}
+    run.load_checkpoint(tokenizer, state)
+    refresh_sampler(sampler, policy)
     single_update = args.update_epochs * args.num_minibatches == 1
 
     def evaluation() -> dict[str, float]:
         return evaluate(sampler, tokenizer, held_out, eos_ids, args, share_prompt, run.device)
 
-    run.begin(policy, problems, held_out, evaluation)
-    for step in run.steps(first_step):
+    run.begin(problems, held_out, evaluation)
+    for step in run.steps():
         generator = seed_step(args.seed, step)
         # Differs: Algorithm 1 always has this outer loop; here it is asked for.
         if ref_policy and args.ref_refresh_every and step and step % args.ref_refresh_every == 0:
@@ -513,14 +554,15 @@ def train(args: Args) -> Path:
         # ---- 1. Generate G completions per prompt: the policy as it is now is pi_old ----
         batch = next_problems(problems, step, args.num_prompts, args.seed)
         prompt_ids, prompt_mask = pad_prompts([ids for ids, _ in batch], run.device)        # (B, P)
-        completion_ids, completion_mask, _ = generate_completions(
-            sampler, prompt_ids, prompt_mask, args.group_size, args.max_new_tokens, args.temperature, eos_ids,
-            generator, share_prompt,
-        )                                                                                   # (N, T)
+        uniforms = args.num_prompts, args.group_size, args.max_new_tokens
+        uniforms = torch.rand(uniforms, dtype=torch.float64, generator=generator)           # (B, G, T)
+        # With several processes, each samples its share of the prompts, and then all have all the completions.
+        completion_ids, completion_mask, _ = gather(*generate_completions(
+            sampler, *share(prompt_ids, prompt_mask, uniforms), args.temperature, eos_ids, share_prompt
+        ))                                                                                  # (N, T)
         completions = decode(tokenizer, completion_ids, completion_mask)                    # N texts
         answers = [answer for _, answer in batch for _ in range(args.group_size)]           # N texts
-        rewards = [float(reward(*pair)) for pair in zip(completions, answers, strict=True)]  # r_i
-        rewards = torch.tensor(rewards, device=run.device).view(-1, args.group_size)        # (B, G)
+        rewards = run.score(completions, answers).view(-1, args.group_size)                 # (B, G), r_i by `reward`
         truncated = ~(torch.isin(completion_ids, eos_ids) & completion_mask).any(1)         # (N,), no end token
         run.lap("time/sample")
 
@@ -536,12 +578,13 @@ def train(args: Args) -> Path:
         old_logprobs = torch.zeros(completion_ids.shape, device=run.device)                 # (N, T)
         ref_logprobs = torch.zeros(completion_ids.shape, device=run.device)                 # (N, T)
         with torch.no_grad(), run.autocast():
-            for prompts, rows in itertools.chain(*minibatches):
+            for prompts, rows in share([*itertools.chain(*minibatches)]):
                 inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
                 if ref_policy:
                     ref_logprobs[rows] = completion_logprobs(ref_policy, *inputs, args.temperature)[0]
                 if not single_update or args.kl_placement == "reward":
                     old_logprobs[rows] = completion_logprobs(policy, *inputs, args.temperature)[0]
+        add_up(old_logprobs, ref_logprobs)                                                  # of all processes
 
         # ---- 2. The group-relative advantage: how much better than its group was each completion? ----
         penalised = rewards                                                                 # (B, G)
@@ -564,7 +607,7 @@ def train(args: Args) -> Path:
         curves = Curves()
         for _ in range(args.update_epochs):
             for minibatch in minibatches:
-                for prompts, rows in minibatch:
+                for prompts, rows in share(minibatch):
                     inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
                     with run.autocast():
                         logprobs, entropy = completion_logprobs(policy, *inputs, args.temperature)  # (rows, T), twice
@@ -599,8 +642,8 @@ def train(args: Args) -> Path:
             **curves.means("policy"),
         })
         seen = [(tokenizer.decode(batch[0][0]) + completions[i], rewards[0, i].item()) for i in range(2)]
-        run.after_step(evaluation, tokenizer, state, seen)
-    return run.finish(evaluation, tokenizer, state)
+        run.after_step(seen)
+    return run.finish()
 
 
 # ================================== PLUMBING ====================================
@@ -614,7 +657,8 @@ class UserError(Exception):
 # Defaults that depend on the model, and what the numbers may be.
 TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 100, "learning_rate": 5e-4}
 OTHER_DEFAULTS = {"max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6}
-AT_LEAST_ZERO = ("beta", "ref_refresh_every", "save_every", "eval_every")
+AT_LEAST_ZERO = ("beta", "ref_refresh_every", "seed", "save_every", "eval_every")
+AT_MOST_ONE = ("clip_eps",)
 POSITIVE = (
     "num_prompts", "max_new_tokens", "temperature", "num_steps", "update_epochs", "num_minibatches", "learning_rate",
     "max_grad_norm", "clip_eps", "clip_eps_high", "micro_batch_tokens",
@@ -629,8 +673,12 @@ def complete_args(args: Args) -> Args:
     args = dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
     for name in AT_LEAST_ZERO + POSITIVE:
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if value is not None and not (0 if name in AT_LEAST_ZERO else 1e-300) <= value < math.inf:
-            raise UserError(f"{flag} must be {'0 or more' if name in AT_LEAST_ZERO else 'positive'}, got {value}")
+        least, most = 0 if name in AT_LEAST_ZERO else 1e-12, 1 if name in AT_MOST_ONE else 2**31
+        if value is not None and not least <= value <= most:
+            wanted = f"at most {most}" if value > most else "0 or more" if name in AT_LEAST_ZERO else "positive"
+            raise UserError(f"{flag} must be {wanted}, got {value}")
+    if args.run_name is not None and (args.run_name in ("", "..") or Path(args.run_name).name != args.run_name):
+        raise UserError(f"--run-name must be the name of a folder in runs/, got {args.run_name!r}")
     if args.num_prompts % args.num_minibatches:
         raise UserError(f"--num-minibatches {args.num_minibatches} must divide --num-prompts {args.num_prompts}")
     if args.group_size < MIN_GROUP_SIZE:
@@ -645,7 +693,7 @@ def complete_args(args: Args) -> Args:
 # ----- Problems and prompts -----
 
 
-def load_problems(args: Args, tokenizer: PreTrainedTokenizerFast, policy: nn.Module) -> tuple[list, list]:
+def load_problems(args: Args) -> tuple[list, list]:
     """The training and the held-out problems, each a list of (prompt ids, answer)."""
     if args.model == "tiny":
         problems = tiny_problems()
@@ -656,35 +704,63 @@ def load_problems(args: Args, tokenizer: PreTrainedTokenizerFast, policy: nn.Mod
         problems = read_problems(args.data)
         cut = len(problems) - min(256, len(problems) // 10 + 1)
         train_set, held_out = problems[:cut], problems[cut:]
-    longest = getattr(policy.config.get_text_config(), "max_position_embeddings", math.inf) - args.max_new_tokens
+    if len(train_set) < args.num_prompts:
+        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(train_set)} training problems")
+    tokenizer, config = load_tokenizer(args.model)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", math.inf) - args.max_new_tokens
     encoded = [[(encode_prompt(tokenizer, p.prompt), p.answer) for p in part] for part in (train_set, held_out)]
     for ids, _ in encoded[0] + encoded[1]:
         if not 0 < len(ids) <= longest:
             raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this model "
                             f"takes 1 to {longest}: {tokenizer.decode(ids)[:80]!r}")
-    if len(train_set) < args.num_prompts:
-        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(train_set)} training problems")
     return encoded[0], encoded[1]
 
 
 def read_problems(path: str) -> list[Problem]:
     """Read JSON lines; `read_problem` says what a line must hold."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 in a string too
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     problems = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                problems.append(read_problem(json.loads(line)))
+                problems.append(checked_problem(json.loads(line)))
             except KeyError as error:
                 raise UserError(f"{path}, line {number}: the field {error} is missing") from None
-            except (ValueError, TypeError, AttributeError) as error:
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
     if not problems:
         raise UserError(f"{path} is empty: it must hold one JSON object a line")
     return problems
+
+
+def checked_problem(record: dict) -> Problem:
+    if not isinstance(record, dict):
+        raise ValueError("must be a JSON object")
+    problem = read_problem(record)
+    turns = [problem.prompt] if isinstance(problem.prompt, str) else problem.prompt
+    texts = [turn.get(key) if isinstance(turn, dict) else turn for turn in turns for key in ("role", "content")]
+    if not texts or not all(isinstance(text, str) for text in [*texts, problem.answer]):
+        raise ValueError('"question" must be a string, "prompt" a string or a list of {"role": ..., "content": ...}')
+    "".join(texts).encode()  # half of a surrogate pair is no text: a ValueError
+    return problem
+
+
+def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerFast, AutoConfig]:
+    """The tokenizer and the configuration of --model, which say much of what can be wrong before weights are loaded."""
+    rank, number = world()
+    if rank:
+        dist.barrier()  # the first process pretrains the tiny model, the others find it
+    folder = tiny_policy() if model == "tiny" else model
+    if number > 1 and rank == 0:
+        dist.barrier()
+    try:
+        return AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a folder that is no model can raise
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"--model {model} is neither a model folder nor a reachable hub id: {reason}") from None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -695,9 +771,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict[st
             raise UserError("the prompts are chat messages, but this model's tokenizer has no chat template")
         return tokenizer(prompt, split_special_tokens=True).input_ids
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(f"this model's chat template refuses a prompt: {error}: {str(prompt)[:80]}") from None
 
 
 def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
@@ -753,9 +832,10 @@ def evaluate(
         prompts = pad_prompts([ids for ids, _ in part], device)
         for name, temperature in (("eval/accuracy", 0.0), ("eval/sampled", args.temperature)):
             generator = torch.Generator().manual_seed(start)
-            ids, mask, _ = generate_completions(
-                sampler, *prompts, 1, args.max_new_tokens, temperature, eos_ids, generator, share_prompt
-            )
+            uniforms = torch.rand(len(part), 1, args.max_new_tokens, dtype=torch.float64, generator=generator)
+            ids, mask, _ = gather(*generate_completions(
+                sampler, *share(*prompts, uniforms), temperature, eos_ids, share_prompt
+            ))
             texts = decode(tokenizer, ids, mask)
             found[name] += sum(reward(text, answer) for text, (_, answer) in zip(texts, part, strict=True))
         found["eval/length"] += mask.sum().item()
@@ -779,7 +859,8 @@ def split_batch(
 
     Returns:
         minibatches of micro-batches (prompts, rows): indices into the B prompts and the N completions, with
-        k = len(rows) / len(prompts) completions that share the row of their prompt (see `completion_hidden`).
+        k = len(rows) / len(prompts) completions that share the row of their prompt (see `completion_hidden`), and as
+        many micro-batches for each process.
     """
     (num_rows, width), group_size = completion_mask.shape, len(completion_mask) // len(prompt_mask)
     longest = MAX_ROW_TOKENS if share_prompt else 0
@@ -787,25 +868,34 @@ def split_batch(
     share = max(fits, default=1)                                                            # k
     packs = group_size // share                                                             # packed rows per prompt
     prompt_tokens, completion_tokens = prompt_mask.sum(1).cpu(), completion_mask.sum(1).cpu()
-    tokens = prompt_tokens.repeat_interleave(packs) + completion_tokens.view(-1, share).sum(1)  # (B packs,)
+    tokens = prompt_tokens.repeat_interleave(packs) + completion_tokens.reshape(-1, share).sum(1)  # (B packs,)
     teaches = teaches.cpu().repeat_interleave(packs)                                        # (B packs,)
-    minibatches = []
+    minibatches, (_, processes) = [], world()
     for packed in torch.randperm(num_rows // share, generator=generator).chunk(num_minibatches):
-        packed = packed[teaches[packed]]
+        if not teaches[packed].any():
+            minibatches.append([])
+            continue
+        # Every process must have something to do. A row that does not teach adds nothing to the gradient.
+        packed = packed[teaches[packed].logical_not().byte().argsort(stable=True)]
+        packed = packed[: max(int(teaches[packed].sum()), processes)]
         packed = packed[tokens[packed].argsort(descending=True, stable=True)]
-        minibatches.append([])
-        while len(packed):
-            size = max(1, micro_batch_tokens // int(tokens[packed[0]]))
-            rows = packed[:size, None] * share + torch.arange(share)                        # (size, k)
-            minibatches[-1].append((packed[:size] // packs, rows.flatten()))
-            packed = packed[size:]
+        cuts, start = [], 0
+        while start < len(packed):
+            cuts.append(packed[start : start + max(1, micro_batch_tokens // int(tokens[packed[start]]))])
+            start += len(cuts[-1])
+        while len(cuts) % processes:  # as many for each process
+            largest = max(range(len(cuts)), key=lambda i: len(cuts[i]))
+            cuts[largest : largest + 1] = cuts[largest].tensor_split(2)
+        rows = [(cut[:, None] * share + torch.arange(share)).flatten() for cut in cuts]     # (size k,) each
+        minibatches.append([(cut // packs, row) for cut, row in zip(cuts, rows, strict=True)])
     return minibatches
 
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-    """Clip the gradient by its global norm, step, and return the norm before clipping."""
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
+    """Clip the gradient by its global norm, step, and return the norm before clipping. No step if it is not finite."""
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    if grad_norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad()
     return grad_norm
 
@@ -831,14 +921,17 @@ class Curves:
         self.grad_norms.append(grad_norm)
 
     def mean(self, name: str) -> float:
-        return float(self.sums[name] / self.tokens[name])
+        total, tokens = add_up(torch.stack([self.sums[name], self.tokens[name]]).float())
+        return float(total / tokens)
 
     def means(self, prefix: str) -> dict[str, float]:
-        updates = max(1, len(self.grad_norms))
+        finite = [norm for norm in self.grad_norms if norm.isfinite()]
         means = {name: self.mean(name) for name in self.sums if name != "ratio"}
-        means |= {"loss": sum(self.losses) / updates, "grad_norm": sum(self.grad_norms) / updates}
+        means["loss"] = add_up(torch.as_tensor(sum(self.losses))) / max(1, len(self.grad_norms))
+        means["grad_norm"] = sum(finite) / max(1, len(finite))
+        means["skipped"] = len(self.grad_norms) - len(finite)
         if "ratio" in self.sums:
-            means["ratio_max"] = self.ratio_max
+            means["ratio_max"] = gather(self.ratio_max.view(1, 1))[0].max()
         return {f"{prefix}/{name}": value for name, value in means.items()}
 
 
@@ -849,13 +942,12 @@ TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE, TINY_HELD_OUT = 500, 128, 4e-3, 512
 
 def load_policy(model: str, device: torch.device) -> tuple[PreTrainedTokenizerFast, nn.Module, Tensor]:
     """The tokenizer, the policy in float32 without dropout, and every id that ends a completion."""
-    folder = tiny_policy() if model == "tiny" else model
+    tokenizer, _ = load_tokenizer(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        folder = tiny_policy() if model == "tiny" else model
         policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--model {model} is neither a model folder nor a reachable hub id: {reason}") from None
+    except Exception as error:  # whatever damaged weights can raise
+        raise UserError(f"--model {model} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
     ends = [policy.generation_config.eos_token_id, policy.config.get_text_config().eos_token_id, tokenizer.eos_token_id]
     eos_ids = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
     if not eos_ids:
@@ -922,10 +1014,11 @@ def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args
 
     def gap(share_prompt: bool) -> float:
         """Between the sampler's log-probabilities and the re-scored ones, in nats per token."""
-        sampling = 3, min(16, args.max_new_tokens), args.temperature, ends, torch.Generator().manual_seed(0)
+        uniforms = len(prompts[0]), 3, min(16, args.max_new_tokens)
+        uniforms = torch.rand(uniforms, generator=torch.Generator().manual_seed(0))
         rows = prompts if share_prompt else [x.repeat_interleave(3, 0) for x in prompts]
         with torch.no_grad(), run.autocast():
-            ids, mask, sampled = generate_completions(sampler, *prompts, *sampling, share_prompt)
+            ids, mask, sampled = generate_completions(sampler, *prompts, uniforms, args.temperature, ends, share_prompt)
             scored, _ = completion_logprobs(policy, *rows, ids, mask, args.temperature)
         return (scored - sampled)[mask].abs().mean().item()
 
@@ -945,8 +1038,8 @@ def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args
 
 
 def make_sampler(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model that samples: the policy itself, or a copy in the dtype of the computation."""
-    if dtype == torch.float32:
+    """The model that samples: the policy itself, or a whole copy in the dtype of the computation."""
+    if dtype == torch.float32 and not dist.is_initialized():
         return policy
     sampler = copy.deepcopy(policy).requires_grad_(False)
     for parameter in sampler.parameters():  # and no buffer: rounded rotary frequencies drift with the position
@@ -959,29 +1052,155 @@ def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
     """Bring the sampler up to date with the policy after its update."""
     if sampler is not policy:
         for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
-            copied.copy_(current)
+            copied.copy_(whole(current))
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the cache with room for the tokens to come. DynamicLayer copies all it has for every new one."""
+
+    def reserve(self, tokens: int) -> None:
+        self.room = [nn.functional.pad(x, (0, 0, 0, tokens)) for x in (self.keys, self.values)]
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        for room, new in zip(self.room, (keys, values), strict=True):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.room = [room[indices] for room in self.room]
+        self.keys, self.values = (room[:, :, : self.keys.shape[2]] for room in self.room)
+
+
+def reserve(cache: Cache, tokens: int) -> None:
+    """Room for so many tokens more, in the layers that keep all of them."""
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = RoomyLayer
+            layer.reserve(tokens)
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, state: dict | None = None) -> None:
     """Save a model in Hugging Face format, with `state` beside it as state.pt. Written aside, flushed and renamed: a
-    kill at any moment leaves the whole folder or none."""
+    kill at any moment leaves the whole folder or none. Several processes must all call it; the first one writes."""
+    weights = full_state(model)
+    if world()[0]:
+        return
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if state:
-        torch.save(state, aside / "state.pt")
-    for path in filter(Path.is_file, aside.rglob("*")):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        folder.rename(aside / "before")
-    aside.rename(folder)
-    shutil.rmtree(folder / "before", ignore_errors=True)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        if state:
+            torch.save(state, aside / "state.pt")
+            (aside / "sha256.json").write_text(json.dumps({path.name: digest(path) for path in aside.iterdir()}))
+        for path in filter(Path.is_file, aside.rglob("*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(aside / "before")
+        aside.rename(folder)
+        shutil.rmtree(folder / "before", ignore_errors=True)
+    except Exception as error:  # a full disk shows as OSError, RuntimeError or an error of safetensors
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"{folder} could not be saved: {str(error).splitlines()[0]}") from None
 
+
+def digest(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            sha256.update(piece)
+    return sha256.hexdigest()
+
+
+# ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the rows -----
+
+FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def world() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(*columns):
+    """This process's part of every column, a tensor or a list."""
+    rank, processes = world()
+    parts = [x[len(x) * rank // processes : len(x) * (rank + 1) // processes] for x in columns]
+    return parts if len(parts) > 1 else parts[0]
+
+
+def gather(*columns: Tensor) -> tuple[Tensor, ...]:
+    """The rows of all processes together, padded to one width."""
+    if not dist.is_initialized():
+        return columns
+    parts = [None] * world()[1]
+    dist.all_gather_object(parts, [x.cpu() for x in columns])
+    together = [[row for part in column for row in part] for column in zip(*parts, strict=True)]
+    return tuple(pad_sequence(rows, batch_first=True).to(columns[0].device) for rows in together)
+
+
+def add_up(*tensors: Tensor) -> Tensor:
+    """Replace each tensor by its sum over the processes, and return the last one."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
+    return tensors[-1]
+
+
+def whole(x: Tensor) -> Tensor:
+    """Of a tensor that is divided among the processes, the whole."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def prepare(model: nn.Module | None, gradient_checkpointing: bool = False) -> None:
+    """Wrap the layers of a model for gradient checkpointing, and divide its weights among the processes (FSDP2)."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if model else []
+    for layer in layers if gradient_checkpointing else []:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    for module in [*layers, model] if model and dist.is_initialized() else []:
+        fully_shard(module)
+        module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def full_state(part: object) -> dict:
+    """The state of a model, of (model, its optimizer) or of a controller, for any number of processes."""
+    if isinstance(part, nn.Module):
+        return dcp.get_model_state_dict(part, options=FULL)
+    return dcp.get_optimizer_state_dict(*part, options=FULL) if isinstance(part, tuple) else part.state_dict()
+
+
+def load_full_state(part: object, state: dict) -> None:
+    if isinstance(part, nn.Module):
+        dcp.set_model_state_dict(part, state, options=FULL)
+    elif isinstance(part, tuple):
+        dcp.set_optimizer_state_dict(*part, state, options=FULL)
+    else:
+        part.load_state_dict(state)
 
 
 # ----- The run: its folder, checkpoints, curves, progress bar, signals -----
+
+
+def main(args: Args) -> int:
+    """Train, and turn what a user can mend into one sentence. Returns the exit code."""
+    code, sentence = 0, ""
+    try:
+        train(args)
+    except UserError as error:
+        code, sentence = 2, str(error)
+    except torch.OutOfMemoryError:
+        code, sentence = 2, "out of memory: a lower --micro-batch-tokens, --num-prompts or --group-size helps, as does "
+        sentence += "--gradient-checkpointing"
+    except KeyboardInterrupt:  # before the first step: there is nothing to save yet
+        code = 130
+    if sentence:
+        print(f"{Path(__file__).name}: {sentence}", file=sys.stderr)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
@@ -995,20 +1214,31 @@ class Run:
     """What a run shows and keeps, in runs/RUN_NAME/: curves, checkpoints in step_*/, the trained model in policy/."""
 
     # Arguments that may change when a run goes on from a checkpoint.
-    FREE = ("num_steps", "micro_batch_tokens", "device", "run_name", "resume", "save_every", "eval_every", "eval_data")
+    FREE = ("num_steps", "micro_batch_tokens", "gradient_checkpointing", "device", "run_name", "resume", "save_every",
+            "eval_every", "eval_data")
+    MOST_SKIPPED = 5  # steps in a row whose gradient is not finite
 
     def __init__(self, args: Args, script: str):
-        self.args, self.script, self.step, self.before, self.stopping = args, script, 0, {}, False
+        self.args, self.script = args, script
+        self.step, self.before, self.stopping, self.skipped = 0, {}, False, 0
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         name = next(name for name in here if here[name]) if args.device == "auto" else args.device
         if not here[name]:
             raise UserError(f"--device {name}: there is none on this machine")
         self.device = torch.device(name)
-        bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and name == "cuda" and args.model != "tiny")
+        if "RANK" in os.environ and not dist.is_initialized():  # set by torchrun
+            if name == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        if args.num_prompts // args.num_minibatches < world()[1]:
+            raise UserError(f"{world()[1]} processes need as many --num-prompts for each of --num-minibatches")
+        fast = name == "cuda" or (name == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
+        bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and fast and args.model != "tiny")
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         default = f"{script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path("runs") / (args.run_name or default)
-        if self.folder.exists() and not args.resume:
+        if self.folder.exists() and not args.resume and world()[0] == 0:
             raise UserError(f"{self.folder} holds a run: go on with it (--resume auto) or choose another --run-name")
         if args.resume == "auto" and not args.run_name:
             raise UserError("--resume auto needs the --run-name of the run that is to go on")
@@ -1020,67 +1250,117 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        if world()[0] == 0:
+            tqdm.write(text, file=sys.stderr)
 
     def checkpoints(self) -> list[Path]:
         """Of this run, the newest first."""
         return sorted(self.folder.glob("step_*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
 
-    def load_checkpoint(self, state: dict) -> int:
-        """Load the checkpoint that --resume names into `state` and return its step; 0 where there is none to load."""
+    def load_checkpoint(self, tokenizer: PreTrainedTokenizerFast, state: dict[str, object]) -> None:
+        """Remember what a checkpoint holds, by name, and load the one that --resume names, if any."""
+        self.tokenizer, self.state = tokenizer, state
         auto = self.args.resume == "auto"
         folders = self.checkpoints() if auto else [Path(self.args.resume or "")]
         for folder in folders if self.args.resume else []:
             try:
-                saved = torch.load(folder / "state.pt", weights_only=True, map_location=self.device)
+                saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+                changed = self.changed_arguments(saved["args"])
+                for name, expected in json.loads((folder / "sha256.json").read_text()).items():
+                    if digest(folder / name) != expected:
+                        raise ValueError(f"{name} is damaged")
                 weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
             except Exception as error:  # whatever a damaged file can raise: it is named, and the one before is tried
-                self.say(f"{folder} cannot be loaded: {str(error).splitlines()[0]}")
+                self.say(f"{folder} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}")
                 continue
-            now = vars(self.args)
-            changed = [k for k, v in saved["args"].items() if k not in self.FREE and now.get(k) != v]
             if changed:
-                changes = ", ".join(f"--{k.replace('_', '-')} was {saved['args'][k]}, is {now.get(k)}" for k in changed)
-                raise UserError(f"{folder} is of a run with other arguments: {changes}")
-            state["policy"].load_state_dict(weights)
+                raise UserError(f"{folder} is of a run with other arguments: {', '.join(changed)}")
             for name, part in state.items():
-                if part is not None and name != "policy":
-                    part.load_state_dict(saved[name])
+                load_full_state(part, weights if name == "policy" else saved[name])
             self.step, self.before = saved["step"], saved["before"]
             self.say(f"going on from {folder}")
-            return self.step
+            return
         if self.args.resume and (folders or not auto):
-            raise UserError(f"--resume {self.args.resume}: no checkpoint that can be loaded")
-        return 0
+            others = {*folders[0].parent.glob("step_*")} - {*folders} if folders else set()
+            instead = f"; there is also {', '.join(map(str, sorted(others)))}" if others else ""
+            raise UserError(f"--resume {self.args.resume}: no checkpoint that can be loaded{instead}")
 
-    def save_checkpoint(self, tokenizer: PreTrainedTokenizerFast, state: dict) -> None:
+    def changed_arguments(self, before: dict) -> list[str]:
+        now = {"script": self.script, **vars(self.args)}
+        changed = [name for name in now if name not in self.FREE and now[name] != before.get(name)]
+        return [f"--{name.replace('_', '-')} was {before.get(name)}, is {now[name]}" for name in changed]
+
+    def save_checkpoint(self) -> None:
         """Keep the policy and all that is needed to go on; of the checkpoints of a run, the last two stay."""
-        parts = {name: part.state_dict() for name, part in state.items() if part is not None and name != "policy"}
-        parts |= {"step": self.step, "args": vars(self.args), "before": self.before}
-        save_model(self.folder / f"step_{self.step:06d}", state["policy"], tokenizer, parts)
-        for old in self.checkpoints()[2:]:
+        parts = {name: full_state(part) for name, part in self.state.items() if name != "policy"}
+        parts |= {"step": self.step, "before": self.before, "args": {"script": self.script, **vars(self.args)}}
+        save_model(self.folder / f"step_{self.step:06d}", self.state["policy"], self.tokenizer, parts)
+        for old in self.checkpoints()[2:] if world()[0] == 0 else []:
             shutil.rmtree(old)
 
-    def begin(self, policy: nn.Module, problems: list, held_out: list, evaluation: Callable[[], dict]) -> None:
+    def begin(self, problems: list, held_out: list, evaluation: Callable[[], dict]) -> None:
         """Say what will be done, open the curves, and evaluate the policy as it is."""
-        size = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
+        self.evaluation, self.started = evaluation, time.monotonic()
+        size = sum(parameter.numel() for parameter in self.state["policy"].parameters())
+        trained = [part for part in self.state.values() if isinstance(part, tuple)]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free, gigabytes = shutil.disk_usage(self.folder).free, 12 * size * len(trained) / 1e9
+            if free < 3e9 * gigabytes:
+                raise OSError(f"three checkpoints need {3 * gigabytes:.1f} GB and {free / 1e9:.1f} GB are free")
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1) if world()[0] == 0 else None
+        except OSError as error:
+            raise UserError(f"the run cannot be kept in {self.folder}: {error}") from None
+        processes = f" in {world()[1]} processes" if dist.is_initialized() else ""
         self.say(
-            f"{self.script}: {size:.1f} M parameters in {str(self.dtype)[6:]} on {self.device}, {len(problems)} "
-            f"problems to train on, {len(held_out)} held out, in {self.folder}"
+            f"{self.script}: {size / 1e6:.1f} M parameters in {str(self.dtype)[6:]} on {self.device.type}{processes}, "
+            f"{len(problems)} problems to train on, {len(held_out)} held out, in {self.folder}"
         )
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        self.started = time.monotonic()
         if self.args.eval_every and self.step == 0:
-            self.before = self.show_evaluation(evaluation())
+            self.before = self.show_evaluation()
 
-    def show_evaluation(self, found: dict[str, float]) -> dict[str, float]:
-        for name, value in found.items():
-            self.writer.add_scalar(name, value, self.step)
+    def score(self, completions: list[str], answers: list[str]) -> Tensor:
+        """The rewards of this process's share of the completions, and then those of all: (N,)."""
+        found = []
+        for completion, answer in zip(*share(completions, answers), strict=True):
+            try:
+                found.append(float(reward(completion, answer)))
+                wrong = None if math.isfinite(found[-1]) else f"returned {found[-1]}"
+            except Exception as error:  # the task's own code
+                wrong = f"raised {error!r}"
+            if wrong:
+                found.append(math.nan)
+                print(f"the reward {wrong} for the completion {completion!r} to {answer!r}", file=sys.stderr)
+                break
+        (scores,) = gather(torch.tensor(found, device=self.device)[:, None])
+        if not scores.isfinite().all():
+            self.fail("the reward of a completion is no finite number")
+        return scores[:, 0]
+
+    def fail(self, reason: str) -> None:
+        """Keep what was learned, and stop with a sentence."""
+        if self.step:
+            self.save_checkpoint()
+            reason += f"; {self.step} steps are kept: go on with --run-name {self.folder.name} --resume auto"
+        raise UserError(reason)
+
+    def curve(self, metrics: dict[str, float]) -> None:
+        """One point on every curve. A full disk ends the curves, not the run."""
+        try:
+            for name, value in metrics.items() if self.writer else ():
+                self.writer.add_scalar(name, value, self.step)
+        except OSError as error:
+            self.writer = None
+            self.say(f"the curves end here, the run goes on: {error}")
+
+    def show_evaluation(self) -> dict[str, float]:
+        found = self.evaluation()
+        self.curve(found)
         accuracy = "held-out accuracy {:.3f} greedy, {:.3f} sampled, {:.1f} tokens".format(*found.values())
         self.say(f"step {self.step}: {accuracy}")
         return found
 
-    def steps(self, first_step: int) -> Iterator[int]:
+    def steps(self) -> Iterator[int]:
         """The steps still to do. SIGINT and SIGTERM end them after the one under way; a second one ends at once."""
 
         def stop(number: int, _: object) -> None:
@@ -1089,8 +1369,8 @@ class Run:
             self.say("finishing this step, then saving; once more to leave at once")
 
         handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        show = dict(initial=first_step, total=self.args.num_steps, desc=self.script, unit="step", disable=None)
-        with tqdm(range(first_step, self.args.num_steps), **show) as self.bar:
+        show = dict(initial=self.step, total=self.args.num_steps, desc=self.script, unit="step")
+        with tqdm(range(self.step, self.args.num_steps), disable=True if world()[0] else None, **show) as self.bar:
             for step in self.bar:
                 self.clock, self.laps = time.perf_counter(), {}
                 yield step
@@ -1112,35 +1392,42 @@ class Run:
         metrics = {name: float(value) for name, value in metrics.items()} | self.laps
         tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
         metrics["time/tokens_per_second"] = tokens / sum(self.laps.values())
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, self.step)
+        self.curve(metrics)
         self.bar.set_postfix_str(
             "reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
             "{time/tokens_per_second:.0f} tokens/s".format_map(metrics)
         )
+        self.skipped = self.skipped + 1 if metrics["policy/skipped"] else 0
+        if self.skipped == 1:
+            self.say(f"step {self.step}: the gradient was not finite, so the policy stayed as it was")
+        if self.skipped == self.MOST_SKIPPED:
+            self.fail(f"the gradient was not finite in {self.skipped} steps in a row: a lower --learning-rate may help")
 
-    def after_step(
-        self, evaluation: Callable[[], dict], tokenizer: PreTrainedTokenizerFast, state: dict, seen: list
-    ) -> None:
+    def after_step(self, seen: list[tuple[str, float]]) -> None:
         """Evaluate, show completions that were just `seen` as (text, reward), and save, whenever that is due."""
+        self.stopping = bool(add_up(torch.tensor(float(self.stopping), device=self.device)))  # all or none
         last = self.stopping or self.step == self.args.num_steps
         if self.args.eval_every and (self.step % self.args.eval_every == 0) and not last:
-            self.show_evaluation(evaluation())
+            self.show_evaluation()
             for text, score in seen:
                 self.say(f"    reward {score:.2f}: {' '.join(text.split())[-150:]}")
         if self.args.save_every and (self.step % self.args.save_every == 0) and not last:
-            self.save_checkpoint(tokenizer, state)
+            try:
+                self.save_checkpoint()
+            except UserError as error:  # there is still the one before
+                self.say(f"{error}; the run goes on")
 
-    def finish(self, evaluation: Callable[[], dict], tokenizer: PreTrainedTokenizerFast, state: dict) -> Path:
+    def finish(self) -> Path:
         """Save, evaluate a last time, and say in a line what was learned, where it is, and how to see it."""
-        self.save_checkpoint(tokenizer, state)
-        save_model(self.folder / "policy", state["policy"], tokenizer)
+        self.save_checkpoint()
+        save_model(self.folder / "policy", self.state["policy"], self.tokenizer)
         if self.args.eval_every and not self.stopping:
-            after = self.show_evaluation(evaluation())
+            after = self.show_evaluation()
             changes = [f"{self.before[name]:.3g} -> {after[name]:.3g}" for name in after if self.before]
             if changes:
                 self.say("held-out accuracy {} greedy, {} sampled; length {} tokens".format(*changes))
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
         self.say(f"{self.step} steps, {time.monotonic() - self.started:.0f} s; trained model: {self.folder / 'policy'}")
         if self.stopping:
             self.say(f"to go on: the same command with --run-name {self.folder.name} --resume auto")
@@ -1149,10 +1436,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    try:
-        train(tyro.cli(Args, description=__doc__))
-    except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before the first step: there is nothing to save yet
-        sys.exit(130)
+    sys.exit(main(tyro.cli(Args, description=__doc__)))

@@ -15,10 +15,12 @@ ENDS = torch.arange(0, VOCAB, 6)  # many end tokens: rows end at different times
 
 def sample(model, group_size=4, max_new_tokens=10, temperature=0.7, ends=ENDS, seed=0, share_prompt=True):
     prompts = grpo.pad_prompts(PROMPTS, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(seed)
-    return prompts, grpo.generate_completions(
-        model, *prompts, group_size, max_new_tokens, temperature, ends, generator, share_prompt
-    )
+    uniforms = draw(len(PROMPTS), group_size, max_new_tokens, seed=seed)
+    return prompts, grpo.generate_completions(model, *prompts, uniforms, temperature, ends, share_prompt)
+
+
+def draw(*shape, seed=0):
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("family", SHARING)
@@ -38,6 +40,25 @@ def test_sharing_prompts_and_dropping_rows_changes_no_token():
     assert torch.equal(ids, plain_ids)
     assert torch.equal(mask, plain_mask)
     torch.testing.assert_close(logprobs, plain_logprobs, atol=1e-5, rtol=0)
+
+
+def test_the_other_rows_and_the_room_kept_in_the_cache_change_no_token(monkeypatch):
+    """A row samples the same with its own random numbers alone, tested for its end at every token or never, and with
+    a cache that copies all it has for every new token."""
+    model, prompts = make_model("llama", torch.float32), grpo.pad_prompts(PROMPTS, torch.device("cpu"))
+    uniforms = draw(len(PROMPTS), 4, 12)
+    ids, mask, _ = grpo.generate_completions(model, *prompts, uniforms, 0.7, ENDS)
+    for row in range(len(PROMPTS)):
+        prompt = grpo.pad_prompts([PROMPTS[row]], ids.device)
+        alone = grpo.generate_completions(model, *prompt, uniforms[[row]], 0.7, ENDS)
+        width = alone[0].shape[1]
+        assert torch.equal(alone[0], ids[4 * row : 4 * row + 4, :width])
+        assert torch.equal(alone[1], mask[4 * row : 4 * row + 4, :width])
+    for name, value in (("STOP_TEST_EVERY", 1), ("STOP_TEST_EVERY", 99), ("reserve", lambda cache, tokens: None)):
+        monkeypatch.setattr(grpo, name, value)
+        again = grpo.generate_completions(model, *prompts, uniforms, 0.7, ENDS)
+        assert torch.equal(again[0], ids)
+        assert torch.equal(again[1], mask)
 
 
 def test_completions_run_through_the_first_end_token_and_stop_there():
@@ -61,8 +82,7 @@ def test_tokens_are_drawn_from_softmax_of_logits_over_temperature(temperature):
     model = make_model("llama", torch.float32)
     prompts = grpo.pad_prompts([[5, 6, 7]], torch.device("cpu"))
     expected = (model(prompts[0]).logits[0, -1] / temperature).softmax(-1)
-    generator = torch.Generator().manual_seed(0)
-    ids, _, _ = grpo.generate_completions(model, *prompts, 20000, 1, temperature, ENDS, generator)
+    ids, _, _ = grpo.generate_completions(model, *prompts, draw(1, 20000, 1), temperature, ENDS)
     found = torch.bincount(ids[:, 0], minlength=VOCAB) / 20000
     # Five standard errors of a frequency, for each of the 61 tokens.
     assert ((found - expected).abs() < 5 * (expected * (1 - expected) / 20000).sqrt() + 1e-9).all()

@@ -209,7 +209,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(script, number):
         ("--num-minibatches 7", "--num-minibatches 7 must divide"),
         ("--data x.jsonl", "--data needs a --model"),
         ("--model nowhere", "--model nowhere needs --data"),
-        ("--model nowhere --data nothing.jsonl", "--model nowhere is neither a model folder nor a reachable hub id"),
+        ("--model nowhere --data nothing.jsonl", "cannot read nothing.jsonl"),
         ("--resume auto", "--resume auto needs the --run-name"),
         ("--device cuda", "--device cuda: there is none"),
         ("--seed x", "invalid"),
