@@ -1300,7 +1300,7 @@ class Run:
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
         if args.num_prompts // args.num_minibatches < world()[1]:
             raise UserError(f"{world()[1]} processes need as many --num-prompts for each of --num-minibatches")
-        fast = name == "cuda" or (name == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
+        fast = name == "cuda" or (name == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
         bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and fast and args.model != "tiny")
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         default = f"{script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
