@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: MIT
+"""What the losses climb in expectation, exactly: every completion of a tiny policy is listed and weighed with its
+probability, and the gradient of the scripts' own losses is compared with that of what they are meant to maximise.
+
+Two kinds of policy, from enumeration.py: one token, a real transformer with several. J is E[R], the expected reward.
+With r = pi_ref / pi_theta: RKL is KL[policy, reference], FKL is KL[reference, policy], s is the gradient of
+log pi_theta, mu is another policy that sampled, w = pi_theta / mu.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from advantage import gae, group_advantages
+from enumeration import Policy, softmax_policy, tables, transformer_policy, transformers
+from grpo import grpo_loss, loss_weights
+from kl import exact_kl, kl_estimate
+from ppo import policy_loss, token_rewards
+from strategies import assert_close, float64, tensors
+from test_kl import GRAD_FKL, GRAD_RKL, MU, REF, THETA
+
+MAX_NEW_TOKENS = 4  # more than the longest completion has
+betas = lambdas = st.floats(0, 1)
+either = st.one_of(tables(), transformers())
+
+
+def scores(policy: Policy) -> st.SearchStrategy[Tensor]:
+    """A reward for every completion, (M,)."""
+    return tensors((len(policy.mask),), -10.0, 10.0, float64)
+
+
+def one_task() -> tuple[Policy, Tensor]:
+    """A transformer and its 15 completions, right or wrong: for what is only to be shown once."""
+    return transformer_policy(3, 3, 0), torch.randint(0, 2, (15,), generator=torch.Generator().manual_seed(1)).double()
+
+
+def cosine(x: Tensor, y: Tensor) -> float:
+    return torch.cosine_similarity(x, y, dim=0).item()
+
+
+# ----- What the expectations are compared with -----
+
+
+def grad_reward(policy: Policy, rewards: Tensor) -> Tensor:
+    return policy.gradient((policy.probabilities() * rewards).sum())
+
+
+def grad_whole_kl(policy: Policy, ref: Policy) -> Tensor:
+    """Of RKL over whole completions, sum_y pi(y) log(pi(y) / ref(y))."""
+    log_ratio = policy.logprobs.sum(1) - ref.logprobs.sum(1).detach()
+    return policy.gradient((policy.probabilities() * log_ratio).sum())
+
+
+def grad_token_kl(policy: Policy, ref: Policy, sampler: Policy, direction: str = "RKL") -> Tensor:
+    """Of the KL of the next token, state by state, visited as the sampler does: it forgets that a token also changes
+    which states come after it. With one token there is one state, and nothing to forget."""
+    tables = (policy.table(), ref.table().detach())
+    kl = exact_kl(*tables) if direction == "RKL" else exact_kl(*reversed(tables))           # (S,)
+    return policy.gradient((sampler.visits().detach() * kl).sum())
+
+
+# ----- The expected gradients of the scripts' losses -----
+
+
+def token_weights(policy: Policy, groups: Tensor, loss_average: str = "constant") -> Tensor:
+    """What each token weighs in the update on each group, times max_new_tokens, times the probability of the group.
+
+    Args: groups: (K, G), indices of completions. Returns: (K G, T)."""
+    size = groups.shape[1] * MAX_NEW_TOKENS
+    weights = [loss_weights(policy.mask[group], loss_average, MAX_NEW_TOKENS) * size for group in groups]
+    # They are float32, where the constant 1 / (G max_new_tokens) times its inverse is exactly 1 for the sizes here.
+    weights = torch.stack(weights).double() / groups.shape[1]                               # (K, G, T)
+    chances = policy.probabilities().detach()[groups].prod(1)                               # (K,)
+    assert_close(chances.sum(), 1.0)
+    return (weights * chances.view(-1, 1, 1)).flatten(0, 1)
+
+
+def all_groups(policy: Policy, group_size: int) -> Tensor:
+    return torch.cartesian_prod(*[torch.arange(len(policy.mask))] * group_size).view(-1, group_size)
+
+
+def grpo_gradient(
+    policy: Policy, rewards: Tensor, group_size: int, loss_average: str = "constant", **choices: str
+) -> Tensor:
+    """What grpo.py climbs on-policy, with beta = 0, times max_new_tokens; choices are those of `group_advantages`."""
+    groups = all_groups(policy, group_size)
+    logprobs, mask = policy.logprobs[groups.flatten()], policy.mask[groups.flatten()]       # (K G, T), twice
+    advantages = group_advantages(rewards[groups], **choices).view(-1, 1).expand_as(logprobs)
+    weights = token_weights(policy, groups, loss_average)
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), None, advantages, mask, weights, beta=0.0)
+    return policy.gradient(-loss)
+
+
+def ppo_gradient(policy: Policy, rewards_t: Tensor, values: Tensor, gae_lambda: float = 1.0) -> Tensor:
+    """What ppo.py climbs on-policy, times max_new_tokens, with the values of the states before the tokens, (M, T)."""
+    logprobs, mask = policy.logprobs, policy.mask
+    advantages, _ = gae(rewards_t, values, mask, gamma=1.0, gae_lambda=gae_lambda)
+    loss, _ = policy_loss(logprobs, logprobs.detach(), advantages, mask, token_weights(policy, all_groups(policy, 1)))
+    return policy.gradient(-loss)
+
+
+def kl_loss_gradient(policy: Policy, ref: Policy, sampler: Policy, estimator: str, weight: str = "none") -> Tensor:
+    """The gradient of the KL in the loss of grpo.py, alone: A = 0, beta = 1, for completions of the sampler."""
+    old_logprobs, mask = sampler.logprobs.detach(), policy.mask
+    weights = token_weights(sampler, all_groups(sampler, 1))
+    if weight == "sg(w)":
+        weights = weights * (policy.logprobs - old_logprobs).exp().detach()
+    loss, _ = grpo_loss(
+        policy.logprobs, old_logprobs, ref.logprobs.detach(), torch.zeros_like(old_logprobs), mask, weights,
+        beta=1.0, kl_estimator=estimator, kl_importance_weight=weight == "w",
+    )
+    return policy.gradient(loss)
+
+
+def k(estimator: str, policy: Policy, ref: Policy) -> Tensor:
+    """The estimate for every token as the reward takes it, (M, T)."""
+    return kl_estimate(policy.logprobs, ref.logprobs, estimator).detach()
+
+
+# ----- The lists are complete -----
+
+
+@given(transformers())
+def test_the_listed_completions_are_all_there_are(policies):
+    """Their probabilities, as re-scored, sum to 1; so do those of the next token; lengths differ. And the chain rule:
+    the KL of the tokens, in states that are visited as the policy does and learns to, is that of whole completions."""
+    policy, ref, _ = policies
+    assert len(set(policy.mask.sum(1).tolist())) > 1
+    assert_close(policy.probabilities().sum().detach(), 1.0)
+    assert_close(policy.table().exp().sum(1).detach(), 1.0)
+    whole = (policy.visits() * exact_kl(policy.table(), ref.table().detach())).sum()
+    assert_close(policy.gradient(whole), grad_whole_kl(policy, ref))
+
+
+# ----- Property 16: the group as baseline -----
+
+
+@given(either, st.data())
+def test_the_mean_baseline_gives_a_part_of_grad_j_and_leave_one_out_all_of_it(policies, data):
+    """Property 16, over all groups of two, and for one token also of three: (G - 1)/G grad J, and grad J.
+
+    It takes Dr. GRPO's average, by a constant: there a token weighs the same however long its completion and the rest
+    of its group are, and the sum of A s over a completion is A grad log pi(y)."""
+    policy = policies[0]
+    rewards, size = data.draw(scores(policy)), data.draw(st.integers(2, 3 if policy.mask.shape[1] == 1 else 2))
+    for baseline, factor in (("mean", (size - 1) / size), ("leave_one_out", 1.0)):
+        found = grpo_gradient(policy, rewards, size, scale="none", baseline=baseline)
+        assert_close(found, factor * grad_reward(policy, rewards), scale=10.0)
+
+
+@given(transformers(), st.data())
+def test_the_papers_average_climbs_the_reward_per_token(policies, data):
+    """1/|o_i| favours short completions among the good and long ones among the bad: in expectation the "sequence"
+    average climbs E[(R - J) / |o|], with J held fixed. It is biased whenever lengths differ."""
+    policy = policies[0]
+    rewards = data.draw(scores(policy).filter(lambda x: x.std() > 0.1))
+    found = grpo_gradient(policy, rewards, 2, "sequence", scale="none", baseline="leave_one_out")
+    lengths, mean = policy.mask.sum(1), (policy.probabilities() * rewards).sum().detach()
+    wanted = grad_reward(policy, (rewards - mean) / lengths)
+    torch.testing.assert_close(found, MAX_NEW_TOKENS * wanted, rtol=1e-6, atol=1e-5)  # 1/3 in float32
+
+
+def test_averages_by_length_do_not_climb_the_reward():
+    """Documentation: not up to a factor either. The token mean depends on how long the rest of the group is."""
+    policy, rewards = one_task()
+    for loss_average in ("sequence", "token"):
+        found = grpo_gradient(policy, rewards, 2, loss_average, scale="none", baseline="leave_one_out")
+        assert cosine(found, grad_reward(policy, rewards)) < 0.9
+
+
+def test_dividing_by_the_std_does_not_climb_the_reward():
+    """Documentation: of a group of two, scale "group" leaves the sign only. Rewards of 0, 1, 100 and of 0, 1, 2 are
+    then one task (but for the 1e-4 beside the std), although grad J is not the same, up to a factor either."""
+    policy = softmax_policy(torch.tensor([0.1, 0.5, -0.4], dtype=torch.float64))
+    far, near = torch.tensor([[0.0, 1.0, 100.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
+    scaled = [grpo_gradient(policy, rewards, 2, scale="group") for rewards in (far, near)]
+    torch.testing.assert_close(scaled[0], scaled[1], rtol=0, atol=1e-4)
+    assert cosine(scaled[0], grad_reward(policy, far)) < 0.9
+    assert cosine(grad_reward(policy, near), grad_reward(policy, far)) < 0.9
+
+
+# ----- PPO: the value model as baseline -----
+
+
+@given(either, betas, st.data())
+def test_ppo_climbs_the_reward_less_beta_times_the_kl_whatever_the_values_are(policies, beta, data):
+    """With gamma = lambda = 1 and k1 in the reward: grad (E[R] - beta RKL) of whole completions, for any function of
+    the state as value model."""
+    policy, ref, _ = policies
+    rewards = data.draw(scores(policy))
+    values = data.draw(tensors((len(policy.completions.entries),), -10.0, 10.0, float64))[policy.completions.states]
+    beta = data.draw(st.sampled_from([0.0, beta]))
+    found = ppo_gradient(policy, token_rewards(rewards, k("k1", policy, ref), policy.mask, beta), values)
+    assert_close(found, grad_reward(policy, rewards) - beta * grad_whole_kl(policy, ref), scale=20.0)
+
+
+@given(transformers(), lambdas, betas, st.data())
+def test_ppo_is_exact_for_every_lambda_where_the_values_are_true(policies, gae_lambda, beta, data):
+    """The bias of lambda < 1 is that of the value model alone."""
+    policy, ref, _ = policies
+    rewards = data.draw(scores(policy))
+    rewards_t = token_rewards(rewards, k("k1", policy, ref), policy.mask, beta)
+    to_go = rewards_t.flip(1).cumsum(1).flip(1)                                             # (M, T), from each token on
+    values = (policy.sum_by_state(policy.probabilities()[:, None] * to_go) / policy.visits()).detach()
+    found = ppo_gradient(policy, rewards_t, values[policy.completions.states], gae_lambda)
+    assert_close(found, grad_reward(policy, rewards) - beta * grad_whole_kl(policy, ref), scale=20.0)
+
+
+def test_ppo_is_biased_where_wrong_values_count_and_where_a_value_sees_its_own_token():
+    """Documentation, and what the two tests above would find: lambda = 0.5, and values of the chosen token."""
+    policy, rewards = one_task()
+    rewards_t, wanted = token_rewards(rewards, policy.logprobs, policy.mask, 0.0), grad_reward(policy, rewards)
+    for values, gae_lambda in ((policy.completions.states.double(), 0.5), (policy.completions.ids.double(), 1.0)):
+        assert cosine(ppo_gradient(policy, rewards_t, values, gae_lambda), wanted) < 0.9
+
+
+# ----- Property 21: a good estimator is not a good loss -----
+
+# (estimator, its weight, who sampled): the gradient of the KL in the loss. FKL is another direction.
+IN_THE_LOSS = {
+    ("k1", "none", "pi"): "0", ("k2", "none", "pi"): "RKL", ("k3", "none", "pi"): "FKL",
+    ("k1", "w", "pi"): "RKL", ("k3", "w", "pi"): "RKL", ("k1", "w", "mu"): "RKL", ("k3", "w", "mu"): "RKL",
+    ("k2", "sg(w)", "mu"): "RKL", ("k3", "sg(w)", "mu"): "FKL",
+}  # fmt: skip
+WITHOUT_WEIGHT = {(estimator, "none", "mu"): "none of them" for estimator in ("k1", "k2", "k3")}
+
+
+def in_the_loss(row: tuple[str, str, str], policies: list[Policy]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The expected gradient of a row, and those it is compared with."""
+    (policy, ref, mu), (estimator, weight, sampled) = policies, row
+    sampler = {"pi": policy, "mu": mu}[sampled]
+    found = kl_loss_gradient(policy, ref, sampler, estimator, weight)
+    known = {name: grad_token_kl(policy, ref, sampler, name) for name in ("RKL", "FKL")}
+    return found, known | {"0": torch.zeros_like(found)}
+
+
+@pytest.mark.parametrize("row", IN_THE_LOSS, ids=" ".join)
+@given(either)
+def test_the_kl_in_the_loss_has_the_gradient_of_the_table(row, policies):
+    """Exact for one token, and for several token by token, in the states that the sampler visits."""
+    found, known = in_the_loss(row, policies)
+    assert_close(found, known[IN_THE_LOSS[row]], scale=10.0)
+
+
+@pytest.mark.parametrize("row", IN_THE_LOSS | WITHOUT_WEIGHT, ids=" ".join)
+def test_every_row_of_the_table_is_another_direction(row):
+    """Samples of mu without a weight give none of the three; the numbers are those of an independent enumeration."""
+    found, known = in_the_loss(row, [softmax_policy(logits) for logits in (THETA, REF, MU)])
+    equal = [name for name, gradient in known.items() if (found - gradient).abs().max() < 1e-3]
+    assert (equal or ["none of them"]) == [(IN_THE_LOSS | WITHOUT_WEIGHT)[row]]
+    for name, oracle in (("RKL", GRAD_RKL), ("FKL", GRAD_FKL)):
+        torch.testing.assert_close(known[name], oracle, rtol=0, atol=1e-8)
+
+
+@given(either, betas, st.data())
+def test_k1_in_the_reward_has_the_gradient_of_the_kl_of_whole_completions(policies, beta, data):
+    """In grpo.py, where it is summed over the completion: grad (E[R] - beta RKL), of one token and of several."""
+    policy, ref, _ = policies
+    rewards = data.draw(scores(policy))
+    penalised = rewards - beta * k("k1", policy, ref).sum(1)                                # (M,)
+    found = grpo_gradient(policy, penalised, 2, scale="none", baseline="leave_one_out")
+    assert_close(found, grad_reward(policy, rewards) - beta * grad_whole_kl(policy, ref), scale=20.0)
+
+
+@given(either)
+def test_k3_in_the_reward_is_a_penalty_that_hardly_pulls(policies):
+    """Its value is right and its gradient is RKL - FKL: nothing to first order near the reference, where they agree."""
+    policy, ref, _ = policies
+    penalty = k("k3", policy, ref).sum(1)
+    found = grpo_gradient(policy, penalty, 2, scale="none", baseline="leave_one_out")
+    wanted = grad_whole_kl(policy, ref) - grad_token_kl(policy, ref, policy, "FKL")
+    assert_close(found, wanted, scale=1 + penalty.max())
+
+
+@pytest.mark.parametrize("row", [row for row in IN_THE_LOSS if row[2] == "pi"], ids=" ".join)
+def test_of_several_tokens_no_kl_in_the_loss_has_the_gradient_of_that_of_whole_completions(row):
+    """Documentation: it misses what a token does to the KL of those after it."""
+    policy, ref = transformer_policy(3, 3, 0), transformer_policy(3, 3, 1)
+    found, whole = kl_loss_gradient(policy, ref, policy, *row[:2]), grad_whole_kl(policy, ref)
+    assert (found - whole).norm() > 0.05 * whole.norm()
