@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: MIT
+"""Property 42: how the batch is cut, ordered, padded and packed changes no gradient of any update. `train` itself runs,
+in both scripts, and the gradients of all parameters are caught where the optimizer would step.
+
+And the identities of the first step: what was sampled and what is scored again agree, the ratio is 1 and the KL is 0.
+"""
+
+import contextlib
+import copy
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import Mock
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+import grpo
+import ppo
+from families import SHARING, VOCAB, make_model
+from kl import kl_estimate
+
+SCRIPTS = pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+CHARACTERS = "0123456789+=;#~ abc"
+PROMPTS = ["1+2=", "17+5=", "9=", "abc 12+34=", "4+4;", "a=b+c+7="]  # 4 for every step, of the 5 not held out
+COMMON = dict(
+    data="data.jsonl", num_prompts=4, group_size=4, max_new_tokens=8, temperature=0.8, beta=0.5,
+    eval_every=0, save_every=0, device="cpu",
+)  # fmt: skip
+PADDING = 3  # columns
+STEP_SIZE = 0.02
+
+
+# ----- A run whose gradients are caught -----
+
+
+@pytest.fixture(scope="module")
+def family(request, tmp_path_factory) -> Path:
+    """A folder with a random model that reads characters, whose pad is its end token, and ragged prompts."""
+    folder, end = tmp_path_factory.mktemp(request.param) / request.param, CHARACTERS.index("~")
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(CHARACTERS)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~", pad_token="~").save_pretrained(folder)
+    ends = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    special = SHARING[request.param] | dict(vocab_size=len(CHARACTERS)) | ends
+    make_model(request.param, torch.float32, **special).save_pretrained(folder)
+    records = [json.dumps({"prompt": prompt, "answer": str(i)}) for i, prompt in enumerate(PROMPTS)]
+    (folder / "data.jsonl").write_text("\n".join(records))
+    return folder
+
+
+class ValueModelWithViews(ppo.ValueModel):
+    """Not 0 everywhere, where no gradient would reach the transformer."""
+
+    def __init__(self, policy: nn.Module):
+        super().__init__(policy)
+        self.head.weight.data = torch.linspace(-0.1, 0.1, self.head.in_features)[None].to(policy.dtype)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@functools.cache
+def loaded(script: ModuleType, folder: Path) -> tuple:
+    return script.load_policy(str(folder), torch.device("cpu"))
+
+
+Variant = Callable[[pytest.MonkeyPatch, ModuleType], None]
+
+
+def updates(script: ModuleType, family: Path, options: dict, vary: Variant | None = None) -> tuple[list, list[Tensor]]:
+    """The completions of a run, in any order, and the gradient of each of its updates, all parameters in one tensor.
+
+    Two steps, so that the second one has a KL. gpt2 is float64 throughout; llama is float32, as in a real run."""
+    dtype = {"gpt2": torch.float64, "llama": torch.float32}[family.name]
+    completions, gradients = [], []
+    tokenizer, policy, _ = loaded(script, family)
+    policy = copy.deepcopy(policy).to(dtype)
+    eos_ids = torch.arange(0, len(CHARACTERS), 4)  # many, so that rows end at different times
+
+    def reward(completion: str, answer: str) -> float:
+        completions.append((completion, answer))
+        return len(set(completion)) / (3 + int(answer))
+
+    def plain_gradient_descent(model: nn.Module, *_) -> Tensor:
+        """A step that is proportional to the gradient; the next update's ratios are not 1."""
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        for p in parameters:
+            p.data -= STEP_SIZE * p.grad
+            p.grad = None
+        return gradients[-1].norm()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(family)
+        patch.setattr(script, "load_policy", lambda *_: (tokenizer, policy, eos_ids))
+        patch.setattr(script, "reward", reward)
+        patch.setattr(script, "optimizer_step", plain_gradient_descent)
+        patch.setattr(script, "sharing_is_exact", lambda *_: True)  # it is, and test_sampling.py asks
+        # The sampler's log-probabilities, which are only looked at, are float32.
+        patch.setattr(script, "generate_completions", default_dtype(torch.float32)(script.generate_completions))
+        patch.setattr(script, "save_model", lambda *_: None)
+        patch.setattr(script, "SummaryWriter", Mock())
+        patch.setattr(ppo, "ValueModel", ValueModelWithViews)
+        if vary:
+            vary(patch, script)
+        more = dict(value_warmup_steps=0) if script is ppo else {}
+        with default_dtype(dtype):
+            script.train(script.Args(model=".", **COMMON | more | options))
+    return sorted(completions), gradients
+
+
+# ----- What must change nothing -----
+
+
+def in_another_order(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    """Prompts, and the completions of each, change places; what each samples stays its own."""
+    next_problems, generate = script.next_problems, script.generate_completions
+    prompts, within = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 3, 0, 2])
+
+    def shuffled_problems(*args):
+        batch = next_problems(*args)
+        return [batch[i] for i in prompts]
+
+    def shuffled_completions(policy, prompt_ids, prompt_mask, *args):
+        back = prompts.argsort()
+        rows = (4 * prompts[:, None] + within).flatten()
+        return tuple(x[rows] for x in generate(policy, prompt_ids[back], prompt_mask[back], *args))
+
+    patch.setattr(script, "next_problems", shuffled_problems)
+    patch.setattr(script, "generate_completions", shuffled_completions)
+
+
+def in_other_micro_batch_rows(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    """The last micro-batch first, its last row first, and the last completion of a row first."""
+    split_batch = script.split_batch
+
+    def backwards(*args):
+        cut = split_batch(*args)
+        return [[(prompts.flip(0), rows.flip(0)) for prompts, rows in reversed(minibatch)] for minibatch in cut]
+
+    patch.setattr(script, "split_batch", backwards)
+
+
+def with_more_padding(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    """Columns of other tokens, left of the prompts and right of the completions, and in the padding that was there."""
+    pad_prompts, generate = script.pad_prompts, script.generate_completions
+
+    def wider_prompts(*args):
+        ids, mask = (nn.functional.pad(x, (PADDING, 0)) for x in pad_prompts(*args))
+        return ids.where(mask, 5), mask
+
+    def wider_completions(*args):
+        ids, mask, logprobs = (nn.functional.pad(x, (0, PADDING)) for x in generate(*args))
+        return ids.where(mask, 7), mask, logprobs.where(mask, torch.nan)
+
+    patch.setattr(script, "pad_prompts", wider_prompts)
+    patch.setattr(script, "generate_completions", wider_completions)
+
+
+def in_packed_rows_of_two(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    patch.setattr(script, "MAX_ROW_TOKENS", max(map(len, PROMPTS)) + 2 * COMMON["max_new_tokens"])
+
+
+def in_pieces_of_three_tokens(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    patch.setattr(script, "LOGITS_AT_ONCE", 3 * len(CHARACTERS))
+
+
+# Flags that must change no gradient, and what is done to the functions of a script.
+VARIANTS: dict[str, tuple[dict, Variant | None]] = {
+    "one row at a time": (dict(micro_batch_tokens=1), None),
+    "small micro-batches": (dict(micro_batch_tokens=60), None),
+    "other micro-batch rows": (dict(micro_batch_tokens=60), in_other_micro_batch_rows),
+    "more padding": ({}, with_more_padding),
+    "pieces": ({}, in_pieces_of_three_tokens),
+}
+# These also change at random which completions make up a minibatch: they are the same only if there is one.
+OF_ONE_MINIBATCH: dict[str, tuple[dict, Variant | None]] = {
+    "another order": ({}, in_another_order),
+    "packed rows of two": ({}, in_packed_rows_of_two),
+    "a prompt for every completion": (dict(share_prompt=False), None),
+    "one completion at a time": (dict(share_prompt=False, micro_batch_tokens=1), None),
+}
+# Two updates each, so that the second one has a KL, and in the second epoch ratios that are not 1.
+AVERAGES = ("sequence", "token", "constant")
+SETTINGS = {average: dict(loss_average=average, num_steps=2) for average in AVERAGES}
+SETTINGS |= {f"{average}, two epochs": dict(loss_average=average, update_epochs=2) for average in AVERAGES}
+SETTINGS |= {"other choices": dict(update_epochs=2), "two minibatches": dict(num_minibatches=2)}
+CHOICES = {  # whatever else takes a mean over the batch or over a completion
+    grpo: dict(
+        mask_truncated=True, advantage_scale="batch", advantage_baseline="leave_one_out", kl_placement="reward",
+        kl_estimator="k1", ratio_level="sequence",
+    ),
+    ppo: dict(
+        whiten_rewards=True, entropy_coef=0.1, kl_placement="loss", kl_estimator="k2", penalty_kl_target=0.01,
+        gae_lambda=0.5,
+    ),
+}  # fmt: skip
+CASES = [("gpt2", setting, variant) for setting in SETTINGS for variant in VARIANTS | OF_ONE_MINIBATCH]
+CASES = [case for case in CASES if case[1] != "two minibatches" or case[2] in VARIANTS]
+CASES += [("llama", "sequence, two epochs", variant) for variant in VARIANTS | OF_ONE_MINIBATCH]  # float64 says more
+
+
+@functools.cache
+def plain_updates(script: ModuleType, family: Path, setting: str) -> tuple[list, list[Tensor]]:
+    return updates(script, family, options_of(script, setting))
+
+
+def options_of(script: ModuleType, setting: str) -> dict:
+    """With one micro-batch for every minibatch: the plainest way."""
+    choices = CHOICES[script] if setting == "other choices" else {}
+    plain = dict(micro_batch_tokens=10**6, num_steps=1, update_epochs=1, num_minibatches=1)
+    return plain | SETTINGS[setting] | choices
+
+
+@SCRIPTS
+@pytest.mark.parametrize(("family", "setting", "variant"), CASES, indirect=["family"])
+def test_the_gradient_of_the_update_does_not_depend_on_how_the_batch_is_computed(script, family, setting, variant):
+    """Property 42, in float64 to 1e-10, and in float32 to 1e-4, relative to the gradient of each update."""
+    options, vary = (VARIANTS | OF_ONE_MINIBATCH)[variant]
+    expected_completions, expected = plain_updates(script, family, setting)
+    completions, gradients = updates(script, family, options_of(script, setting) | options, vary)
+    assert completions == expected_completions
+    for found, gradient in zip(gradients, expected, strict=True):
+        assert (found - gradient).norm() <= (1e-10 if family.name == "gpt2" else 1e-4) * gradient.norm()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_gradients_that_are_compared_are_not_all_the_same(script, family, setting):
+    """Of 16 completions of several lengths a step; no gradient is 0, and the second update is not the first again."""
+    completions, gradients = plain_updates(script, family, setting)
+    assert len(completions) == 16 * options_of(script, setting)["num_steps"]
+    assert len({len(text) for text, _ in completions}) > 3
+    assert len(gradients) == 2 * (2 if script is ppo else 1)
+    assert all(gradient.norm() > 1e-3 for gradient in gradients)
+    for first, second in itertools.combinations(gradients, 2):
+        assert first.shape != second.shape or (first - second).norm() > 1e-2 * first.norm()
+
+
+@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
+def test_groups_that_teach_nothing_are_left_out_with_the_gradient_of_all_groups(family):
+    """Without a KL a group of equal rewards has the advantage 0: computed or left out, it is the same update."""
+    left_out, options = [], options_of(grpo, "sequence, two epochs") | dict(beta=0.0)
+
+    def some_equal(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+        reward = script.reward
+        patch.setattr(script, "reward", lambda text, answer: 0.1 if answer in "024" else reward(text, answer))
+
+    def all_computed(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+        some_equal(patch, script)
+        split_batch = script.split_batch
+
+        def all_groups(prompt_mask, completion_mask, teaches, *args):
+            left_out.append((~teaches).sum())
+            return split_batch(prompt_mask, completion_mask, torch.ones_like(teaches), *args)
+
+        patch.setattr(script, "split_batch", all_groups)
+
+    (_, found), (_, expected) = (updates(grpo, family, options, vary) for vary in (some_equal, all_computed))
+    assert left_out[0] > 0
+    for gradient, of_all in zip(found, expected, strict=True):
+        assert (gradient - of_all).norm() <= 1e-10 * of_all.norm()
+
+
+# ----- The first step: what was sampled is what is scored -----
+
+ENDS = torch.arange(0, VOCAB, 6)  # many, and the pad id 0 is one of them
+IDS = [[5, 0, 7, 8, 9, 0, 0], [4, 3, 2], [0]]  # ragged, with end tokens inside and last, as after a turn of a chat
+
+
+def sample(script, policy, temperature, share_prompt, group_size=4, max_new_tokens=10):
+    prompts, generator = script.pad_prompts(IDS, torch.device("cpu")), torch.Generator().manual_seed(0)
+    return prompts, script.generate_completions(
+        policy, *prompts, group_size, max_new_tokens, temperature, ENDS, generator, share_prompt
+    )
+
+
+@SCRIPTS
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.6])
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_before_the_first_update_the_ratio_is_1_and_the_kl_is_0(script, name, temperature, share_prompt):
+    """Greedy and sampled, with pad == eos and ragged prompts. From the sampler's log-probabilities but for rounding;
+    from those that `train` scores, exactly."""
+    policy = make_model(name, torch.float32, **SHARING[name])
+    ref_policy = copy.deepcopy(policy)
+    prompts, (ids, mask, sampled) = sample(script, policy, temperature, share_prompt)
+    ended = torch.isin(ids, ENDS) & mask
+    assert ended.sum() > 3
+    assert len(set(mask.sum(1).tolist())) > 1
+    rows = prompts if share_prompt else [x.repeat_interleave(4, 0) for x in prompts]
+
+    def score(model: nn.Module) -> Tensor:
+        return script.completion_logprobs(model, *rows, ids, mask, temperature or 1.0)[0]
+
+    logprobs, old_logprobs, ref_logprobs = score(policy), score(policy).detach(), score(ref_policy).detach()
+    torch.testing.assert_close(logprobs.detach(), sampled, atol=3e-5, rtol=0)
+    assert (logprobs[ended] < 0).all()  # pitfall 1: the end token counts
+    for estimator in ("k1", "k2", "k3"):
+        assert kl_estimate(logprobs, ref_logprobs, estimator).eq(0).all()
+    weights, advantages = script.loss_weights(mask, "sequence", 10), torch.randn(len(ids), 1).expand(ids.shape)
+    for old, tolerance in ((old_logprobs, 0.0), (sampled, 1e-4)):
+        if script is grpo:
+            _, curves = grpo.grpo_loss(logprobs, old, ref_logprobs, advantages, mask, weights)
+            assert curves["kl"].eq(0).all()
+        else:
+            _, curves = ppo.policy_loss(logprobs, old, advantages, mask, weights)
+        assert ((curves["ratio"] - 1).abs() <= tolerance).all()
+        assert (curves["approx_kl"] <= tolerance**2).all()
+        assert curves["clip_frac"].eq(0).all()
