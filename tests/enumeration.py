@@ -49,6 +49,10 @@ class Policy(NamedTuple):
     logprobs: Tensor  # (M, T), of the tokens of every completion, differentiable in the parameters
     mask: Tensor  # (M, T)
 
+    def __repr__(self) -> str:
+        """Short: Hypothesis prints it, over and over, while it looks for the simplest failure."""
+        return f"Policy({[round(x, 3) for x in self.logprobs.flatten().tolist()]})"
+
     def probabilities(self) -> Tensor:
         """Of the completions, (M,)."""
         return self.logprobs.sum(1).exp()
