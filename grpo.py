@@ -120,7 +120,7 @@ class Args:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """estimator of KL[policy, reference]: k3 is DeepSeekMath Eq. 4; k1 does nothing in the loss, see kl.py"""
     kl_placement: Literal["loss", "reward"] = "loss"
-    """"loss": DeepSeekMath Eq. 3; "reward": subtracted from the reward of the completion, as in PPO for RLHF"""
+    """"loss": DeepSeekMath Eq. 3; "reward": subtracted from the reward as in PPO for RLHF, which wants k1, see kl.py"""
     kl_importance_weight: bool = False
     """multiply the KL in the loss by the ratio: its gradient becomes that of KL[policy, reference] (DeepSeek-V3.2)"""
     ref_refresh_every: int = 0
@@ -278,7 +278,7 @@ def generate_completions(
     reserve(cache, max_new_tokens)
 
     completion_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)           # (N, T)
-    logprobs = torch.zeros(uniforms.shape, device=device)                                   # (N, T)
+    logprobs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)              # (N, T)
     rows = torch.arange(len(uniforms), device=device)                                       # those still in the batch
     running = torch.ones_like(rows, dtype=torch.bool)
     visible = torch.cat([prompt_mask, torch.ones_like(completion_ids, dtype=torch.bool)], dim=1).long()  # (N, P + T)

@@ -8,6 +8,7 @@
 
 A good estimator is not a good loss. For completions sampled from the policy itself, the expected gradient is
     k1 in the reward    of KL[policy, reference]      exact, also over whole sequences (InstructGPT Eq. 2)
+    k3 in the reward    of KL[policy, reference] - KL[reference, policy]: 0 to first order, it hardly pulls; so does k2
     k1 in the loss      0                             it does nothing
     k2 in the loss      of KL[policy, reference]      token by token
     k3 in the loss      of KL[reference, policy]      another direction, equal to first order near the reference

@@ -31,10 +31,11 @@ CHARACTERS = "0123456789+=;#~ abc"
 PROMPTS = ["1+2=", "17+5=", "9=", "abc 12+34=", "4+4;", "a=b+c+7="]  # 4 for every step, of the 5 not held out
 COMMON = dict(
     data="data.jsonl", num_prompts=4, group_size=4, max_new_tokens=8, temperature=0.8, beta=0.5,
-    eval_every=0, save_every=0, device="cpu",
+    eval_every=0, save_every=0, device="cpu", dtype="float32",
 )  # fmt: skip
 PADDING = 3  # columns
 STEP_SIZE = 0.02
+RUNS = itertools.count()
 
 
 # ----- A run whose gradients are caught -----
@@ -111,8 +112,6 @@ def updates(script: ModuleType, family: Path, options: dict, vary: Variant | Non
         patch.setattr(script, "reward", reward)
         patch.setattr(script, "optimizer_step", plain_gradient_descent)
         patch.setattr(script, "sharing_is_exact", lambda *_: True)  # it is, and test_sampling.py asks
-        # The sampler's log-probabilities, which are only looked at, are float32.
-        patch.setattr(script, "generate_completions", default_dtype(torch.float32)(script.generate_completions))
         patch.setattr(script, "save_model", lambda *_: None)
         patch.setattr(script, "SummaryWriter", Mock())
         patch.setattr(ppo, "ValueModel", ValueModelWithViews)
@@ -120,7 +119,7 @@ def updates(script: ModuleType, family: Path, options: dict, vary: Variant | Non
             vary(patch, script)
         more = dict(value_warmup_steps=0) if script is ppo else {}
         with default_dtype(dtype):
-            script.train(script.Args(model=".", **COMMON | more | options))
+            script.train(script.Args(model=".", run_name=f"{next(RUNS)}", **COMMON | more | options))
     return sorted(completions), gradients
 
 
@@ -177,7 +176,7 @@ def in_packed_rows_of_two(patch: pytest.MonkeyPatch, script: ModuleType) -> None
 
 
 def in_pieces_of_three_tokens(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-    patch.setattr(script, "LOGITS_AT_ONCE", 3 * len(CHARACTERS))
+    patch.setattr(script, "LOGITS_AT_ONCE", {"cpu": 3 * len(CHARACTERS)})
 
 
 # Flags that must change no gradient, and what is done to the functions of a script.
@@ -187,6 +186,7 @@ VARIANTS: dict[str, tuple[dict, Variant | None]] = {
     "other micro-batch rows": (dict(micro_batch_tokens=60), in_other_micro_batch_rows),
     "more padding": ({}, with_more_padding),
     "pieces": ({}, in_pieces_of_three_tokens),
+    "gradient checkpointing": (dict(gradient_checkpointing=True), None),
 }
 # These also change at random which completions make up a minibatch: they are the same only if there is one.
 OF_ONE_MINIBATCH: dict[str, tuple[dict, Variant | None]] = {
@@ -285,10 +285,10 @@ IDS = [[5, 0, 7, 8, 9, 0, 0], [4, 3, 2], [0]]  # ragged, with end tokens inside 
 
 
 def sample(script, policy, temperature, share_prompt, group_size=4, max_new_tokens=10):
-    prompts, generator = script.pad_prompts(IDS, torch.device("cpu")), torch.Generator().manual_seed(0)
-    return prompts, script.generate_completions(
-        policy, *prompts, group_size, max_new_tokens, temperature, ENDS, generator, share_prompt
-    )
+    prompts = script.pad_prompts(IDS, torch.device("cpu"))
+    uniforms = (len(IDS), group_size, max_new_tokens)
+    uniforms = torch.rand(uniforms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return prompts, script.generate_completions(policy, *prompts, uniforms, temperature, ENDS, share_prompt)
 
 
 @SCRIPTS
