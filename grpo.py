@@ -489,9 +489,9 @@ def grpo_loss(
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (N, T)
-    token_ratio = ratio = log_ratio.exp()                                                   # (N, T), w_{i,t}
+    token_ratio = ratio = log_ratio.exp()                                                   # (N, T), w_{i,t}, PPO Eq. 6
     if ratio_level == "sequence":
-        # GSPO Eq. 7: s_i = (pi_theta(o_i) / pi_old(o_i))^(1 / |o_i|), one for all tokens of o_i.
+        # GSPO Eq. 7: s_i = (pi_theta(o_i) / pi_old(o_i))^(1 / |o_i|), one for all tokens of o_i; Eq. 5 clips it.
         lengths = completion_mask.sum(1, keepdim=True).clamp(min=1)                         # (N, 1), |o_i|
         ratio = (log_ratio.sum(1, keepdim=True) / lengths).exp().expand_as(log_ratio)       # (N, T)
 

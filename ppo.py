@@ -526,7 +526,8 @@ def policy_loss(
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (N, T)
-    ratio = log_ratio.exp()                                                                 # (N, T), pi_theta / pi_old
+    # PPO Eq. 6: r_t = pi_theta / pi_old, the ratio that makes samples of the old policy speak for the new one.
+    ratio = log_ratio.exp()                                                                 # (N, T)
     # The completions are pi_old's, so this is the direction that k3 estimates here: KL[pi_old, pi_theta].
     approx_kl = kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3")                   # (N, T), in nats
 

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""What README.md and the headers say still exists: every function of the map from paper to line, every equation tag,
+every symbol, and every command with its flags."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+import grpo
+import ppo
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+FILES = {name: (ROOT / name).read_text() for name in ("grpo.py", "ppo.py", "advantage.py", "kl.py")}
+MAP = README.partition("## From paper to line")[2].partition("\n## ")[0]
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in MAP.splitlines() if line.startswith("| ")][1:]
+
+
+def definitions(text: str) -> set[str]:
+    return {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def names_in(text: str) -> set[str]:
+    """Functions, arguments and fields: every name that the code itself uses."""
+    nodes = list(ast.walk(ast.parse(text)))
+    found = {node.id for node in nodes if isinstance(node, ast.Name)}
+    found |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return found | definitions(text)
+
+
+def test_the_map_has_rows():
+    assert len(ROWS) > 15
+    assert all(len(row) == 3 for row in ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[1][:40])
+def test_every_function_of_the_map_exists_in_the_file_it_is_said_to_stand_in(row):
+    """The files that a cell names hold its functions, before "in"; a name in parentheses is one of their arguments."""
+    _, _, where = row
+    files = re.findall(r"\b(?:grpo|ppo|advantage|kl)\.py", where) or list(FILES)
+    functions = re.findall(r"(?<!\()`(\w+)`", where)
+    assert functions
+    for name in functions:
+        assert any(name in definitions(FILES[file]) for file in files), name
+    for name in re.findall(r"\(`(\w+)`\)", where):
+        assert any(name in names_in(FILES[file]) for file in files), name
+
+
+PAPERS = {row[0].split(",")[0]: row[0] for row in ROWS if row[0]}
+TAGS = []  # (paper, equation tag, the cell that names functions)
+paper = ""
+for row in ROWS:
+    paper = row[0] or paper
+    TAGS += [(paper, tag, row[2]) for tag in re.findall(r"Eq\. \d+|Algorithm \d+|4\.1\.\d", row[1])]
+
+
+@pytest.mark.parametrize(("paper", "tag", "where"), TAGS, ids=lambda value: value[:24])
+def test_every_equation_of_the_map_is_named_where_it_is_computed(paper, tag, where):
+    """In the source of one of the functions of its row, or in a comment of `train`."""
+    functions = set(re.findall(r"(?<!\()`(\w+)`", where)) | {"train"}
+    sources = []
+    for text in FILES.values():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in functions:
+                first = max(0, node.lineno - 6)  # with the comment above it
+                sources.append("\n".join(text.splitlines()[first : node.end_lineno]))
+        sources.append(ast.get_docstring(ast.parse(text)))
+    number = tag.removeprefix("Eq. ")
+    pattern = rf"Eqs?\. (?:\d+(?:,| and| to) )*{number}\b" if tag.startswith("Eq") else rf"\b{re.escape(tag)}\b"
+    assert any(re.search(pattern, source) for source in sources)
+
+
+@pytest.mark.parametrize("script", ["grpo.py", "ppo.py"])
+def test_the_symbols_and_functions_of_the_header_are_names_of_the_code(script):
+    header, used = ast.get_docstring(ast.parse(FILES[script])), names_in(FILES[script])
+    fields = {name for cls in (grpo.Args, ppo.Args) for name in cls.__dataclass_fields__}
+    table = header.partition("symbol       name in the code")[2].partition("\n\n")[0].splitlines()[1:]
+    assert len(table) > 8
+    for line in table:
+        for name in re.findall(r"[a-z]\w+", re.split(r"\s{2,}", line[13:].strip())[0]):
+            assert name in used | fields, name
+    steps = [line for line in header.splitlines() if re.match(r"\s+\d\. ", line)]
+    assert len(steps) >= 4
+    for line in steps:
+        name = re.search(r"\s{2,}([a-z_]+)(?: \(| *$|,)", line)
+        assert name, line
+        assert name[1] in used, name[1]
+
+
+COMMANDS = {
+    match[0]
+    for text in (README, *(ast.get_docstring(ast.parse(FILES[name])) for name in ("grpo.py", "ppo.py")))
+    for match in re.finditer(r"(?:python (?:grpo|ppo)\.py|\./run\.sh (?:grpo|ppo))(?: ?[^\s`|#]+)*", text)
+    if "..." not in match[0]
+}
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 12
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_flags_that_exist(command):
+    script = grpo if "grpo" in command.split()[1] else ppo
+    words = shlex.split(command.replace("S`", "1"))[2:]
+    words = ["1" if word == "S" else word for word in words if word != "--help"]
+    script.complete_args(tyro.cli(script.Args, args=words))
