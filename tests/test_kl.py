@@ -60,6 +60,12 @@ def test_k3_is_never_negative_near_zero_in_float32():
     assert estimates(log_r)[2].min() >= 0
 
 
+def test_k3_is_the_estimator_unless_another_is_named():
+    """DeepSeekMath Eq. 4."""
+    pair = torch.tensor([-1.0]), torch.tensor([-3.0])
+    assert kl_estimate(*pair) == kl_estimate(*pair, "k3") != kl_estimate(*pair, "k2")
+
+
 @given(tensors((4,), -10.0, 10.0))
 def test_k3_minus_k1_is_the_ratio_minus_one_and_k3_is_near_k2(log_r):
     """Property 20: k3 - k1 = r - 1, and |k3 - k2| <= |x|^3 e^|x| / 6."""
@@ -339,6 +345,16 @@ def test_controllers_go_on_from_where_they_are():
     penalty, adaptive = PenaltyKL(1.0, 1.0), AdaptiveKL(1.0, 1.0, gain=0.5)
     assert [penalty.update(kl) for kl in (9.0, 9.0, 1.0, 0.1)] == [2.0, 4.0, 4.0, 2.0]
     assert [adaptive.update(kl) for kl in (9.0, 9.0, 0.0)] == pytest.approx([1.1, 1.21, 1.089])
+
+
+@pytest.mark.parametrize("controller", [AdaptiveKL, PenaltyKL])
+def test_controllers_go_on_from_the_state_of_another(controller):
+    """What a checkpoint keeps is beta, by its name."""
+    first, second = controller(1.0, 1.0), controller(5.0, 1.0)
+    first.update(9.0)
+    assert first.state_dict() == {"beta": first.beta}
+    second.load_state_dict(first.state_dict())
+    assert second.beta == first.beta > 1
 
 
 # ----- Errors -----

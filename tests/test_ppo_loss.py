@@ -552,6 +552,18 @@ def test_what_stands_in_the_padding_changes_no_value():
     assert second[~wider[1]].eq(0).all()
 
 
+def test_the_value_model_is_made_on_the_device_of_the_policy_and_its_values_on_that_of_the_inputs():
+    """With another default device, where nothing can be computed, the values are the same. One number a state."""
+    policy, batch = make_model("llama"), make_batch()
+    value_model = trained_value_model(policy)
+    expected = completion_values(value_model, *batch)
+    with torch.device("meta"):
+        assert torch.equal(completion_values(value_model, *batch), expected)
+        head = ValueModel(policy).head
+    assert head.weight.device == policy.device
+    assert head.out_features == 1
+
+
 def test_values_are_float32_over_a_bfloat16_model():
     value_model = trained_value_model(make_model("llama", torch.bfloat16))
     assert completion_values(value_model, *make_batch()).dtype == torch.float32

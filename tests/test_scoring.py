@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Log-probabilities of completions: sharing the prompt, padding, pieces and micro-batches change no number."""
 
+import math
+
 import pytest
 import torch
 
@@ -92,17 +94,54 @@ def test_entropy_is_that_of_the_distribution_and_trains_only_when_asked():
     assert grpo.completion_logprobs(model, *batch, temperature=0.7, entropy_grad=True)[1].requires_grad
 
 
-def test_a_large_vocabulary_is_scored_in_pieces_with_the_same_numbers(monkeypatch):
+@pytest.mark.parametrize("pieces", [2, 10])
+def test_a_large_vocabulary_is_scored_in_pieces_with_the_same_numbers(monkeypatch, pieces):
+    """No piece has more logits than allowed, and only pieces are computed again for the backward pass."""
     model, batch = make_model("llama"), make_batch()
-    results = []
-    for at_once in (grpo.LOGITS_AT_ONCE["cpu"], 5 * VOCAB):
+    num_logits, sizes, results = int(batch[3].sum()) * VOCAB, [], []
+
+    def output_logits(policy, hidden):
+        sizes.append(hidden.shape[0] * VOCAB)
+        return whole_logits(policy, hidden)
+
+    whole_logits = grpo.output_logits
+    monkeypatch.setattr(grpo, "output_logits", output_logits)
+    for at_once, passes in ((num_logits, 1), (math.ceil(num_logits / pieces), 2)):
         monkeypatch.setitem(grpo.LOGITS_AT_ONCE, "cpu", at_once)
-        model.zero_grad()
+        sizes.clear()
+        assert not grpo.completion_logprobs(model, *batch, temperature=0.7)[1].requires_grad
+        sizes.clear()
         logprobs, entropy = grpo.completion_logprobs(model, *batch, temperature=0.7, entropy_grad=True)
-        (logprobs.sum() + entropy.square().sum()).backward()
-        results.append((logprobs, entropy, *(p.grad.clone() for p in model.parameters())))
-    for whole, pieces in zip(*results, strict=True):
-        torch.testing.assert_close(pieces, whole, atol=1e-10, rtol=1e-10)
+        gradient = torch.autograd.grad(logprobs.sum() + entropy.square().sum(), tuple(model.parameters()))
+        results.append((logprobs, entropy, *gradient))
+        assert sum(sizes) == passes * num_logits
+        assert max(sizes) < at_once + VOCAB
+    for whole, piecewise in zip(*results, strict=True):
+        torch.testing.assert_close(piecewise, whole, atol=1e-10, rtol=1e-10)
+
+
+def test_the_model_runs_once_on_rows_of_the_longest_length_and_keeps_no_cache():
+    """A prompt is paid for once; padding only up to the longest row; keys and values would fill the memory."""
+    model, batch, outputs = make_model("llama"), make_batch(), []
+    model.base_model.register_forward_hook(lambda _, arguments, output: outputs.append((arguments[0].shape, output)))
+    for rows in (batch, plain(*batch)):
+        grpo.completion_logprobs(model, *rows, temperature=1.0)
+        shape, output = outputs.pop()
+        assert not outputs
+        assert output.past_key_values is None
+        num_rows = len(rows[0])
+        longest = (rows[1].sum(1) + rows[3].view(num_rows, -1).sum(1)).max()
+        assert shape == (num_rows, longest)
+
+
+def test_every_tensor_is_made_on_the_device_of_the_inputs():
+    """With another default device, where nothing can be computed, the numbers are the same."""
+    model, batch = make_model("llama"), make_batch()
+    for rows in (batch, plain(*batch)):
+        expected = grpo.completion_logprobs(model, *rows, temperature=0.7)
+        with torch.device("meta"):
+            found = grpo.completion_logprobs(model, *rows, temperature=0.7)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_log_softmax_is_float32_over_a_bfloat16_model():
