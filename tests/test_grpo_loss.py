@@ -37,6 +37,11 @@ def loss_and_gradient(batch: Batch, weights: Tensor, **options) -> tuple[Tensor,
     return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
 
 
+def loss_and_curves(batch: Batch, **options) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every token weighs 1."""
+    return grpo_loss(*batch, torch.ones_like(batch.logprobs), **options)
+
+
 def ratio(batch: Batch, level: str = "token") -> Tensor:
     return grpo_loss(*batch, torch.zeros_like(batch.logprobs), ratio_level=level)[1]["ratio"]
 
@@ -146,6 +151,13 @@ def test_scaled_advantages_scale_the_loss_and_the_gradient(batch, loss_average, 
         assert found.eq(0).all()
 
 
+@given(batches())
+def test_the_defaults_are_those_of_the_papers(batch):
+    """Eq. 3 with beta = 0.04 (DeepSeekMath 4.2), k3 (Eq. 4), a ratio per token, and PPO's eps = 0.2."""
+    named = dict(beta=0.04, clip_eps=0.2, clip_eps_high=0.2, ratio_level="token", kl_estimator="k3")
+    assert torch.equal(objective(batch), objective(batch, **named, kl_importance_weight=False))
+
+
 # ----- The KL in the loss -----
 
 
@@ -182,6 +194,17 @@ def test_on_policy_the_gradient_coefficient_is_that_of_the_paper(batch, loss_ave
     # The two terms may cancel: the tolerance is that of the terms, not of what is left of them.
     terms = batch.advantages.abs() + beta * (r - 1).abs()
     assert_close(gradient, -coefficient * weights, scale=terms.max())
+
+
+@given(batches(), levels)
+def test_without_a_weight_the_kl_is_shown_and_costs_nothing(batch, level):
+    """beta = 0, exactly, even where the reference rules a token out and the estimate is infinite."""
+    batch = batch._replace(ref_logprobs=batch.ref_logprobs.index_fill(1, torch.tensor(0), -torch.inf))
+    without = loss_and_curves(batch._replace(ref_logprobs=None), ratio_level=level)
+    found = loss_and_curves(batch, beta=0.0, ratio_level=level)
+    assert torch.equal(found[0], without[0])
+    assert found[1]["kl"][:, 0].isinf().all()
+    assert without[1]["kl"].eq(0).all()
 
 
 # ----- The ratio of a whole completion: GSPO -----
@@ -264,6 +287,19 @@ def test_on_policy_the_objective_is_zero_and_its_gradient_is_not(rewards, data):
 def test_an_unknown_loss_average_is_refused():
     with pytest.raises(ValueError, match="must be one of sequence, token, constant, got 'sentence'"):
         loss_weights(torch.ones(2, 3, dtype=torch.bool), "sentence", MAX_NEW_TOKENS)
+
+
+def test_an_unknown_ratio_level_and_shapes_that_would_broadcast_are_refused():
+    """One advantage a completion, (N, 1), must be expanded by who calls: a (T,) would be taken for it in silence."""
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    good = Batch(x, x, x, x, mask)
+    for batch, level in (
+        (good, "word"),
+        (good._replace(advantages=x[:, :1]), "token"),
+        (good._replace(completion_mask=mask[:1]), "sequence"),
+    ):
+        with pytest.raises(ValueError, match=r"^all tensors must be \(N, T\) and ratio_level token or sequence"):
+            grpo_loss(*batch, x, ratio_level=level)
 
 
 # ----- Padding and micro-batches -----
