@@ -523,6 +523,9 @@ def policy_loss(
     Returns:
         the loss, a scalar, and for the curves ratio, clip_frac and approx_kl, each (N, T) without gradient.
     """
+    if not logprobs.shape == old_logprobs.shape == advantages.shape == completion_mask.shape == weights.shape:
+        raise ValueError(f"all tensors must be (N, T), got logprobs {tuple(logprobs.shape)}, old_logprobs "
+                         f"{tuple(old_logprobs.shape)}, advantages {tuple(advantages.shape)}")
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (N, T)
@@ -560,6 +563,9 @@ def value_loss(
     Returns:
         the loss, a scalar, and where the clipping decides, (N, T), as 0 and 1.
     """
+    if not values.shape == old_values.shape == returns.shape == completion_mask.shape == weights.shape:
+        raise ValueError(f"all tensors must be (N, T), got values {tuple(values.shape)}, old_values "
+                         f"{tuple(old_values.shape)}, returns {tuple(returns.shape)}")
     # Differs: PPO Eq. 9 has (V - V^targ)^2. The 1/2 and the clipping are Ziegler et al.'s.
     values, old_values, returns = (x.where(completion_mask, 0.0) for x in (values, old_values, returns))
     clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)  # (N, T), exactly V inside

@@ -712,3 +712,14 @@ def test_micro_batches_add_up_to_the_value_loss_and_gradient_of_the_update(batch
     pieces = [value_loss_and_gradient(Estimates(*(x[rows] for x in batch)), weights[rows], **options) for rows in parts]
     assert_close(sum(piece[0] for piece in pieces), loss)
     assert_close(torch.cat([piece[1] for piece in pieces]), gradient[order])
+
+
+@given(batches(), estimates(), st.integers(0, 4))
+def test_a_shape_that_would_broadcast_is_refused(batch, estimate, which):
+    """In any of the arguments: here a column more, which a T of 1 would be stretched to."""
+    of_policy = batch.logprobs, batch.old_logprobs, batch.advantages, batch.completion_mask
+    for loss, arguments in ((policy_loss, of_policy), (value_loss, estimate)):
+        arguments = [*arguments, torch.ones_like(arguments[0])]
+        arguments[which] = pad(arguments[which], (0, 1))
+        with pytest.raises(ValueError, match=r"all tensors must be \(N, T\), got"):
+            loss(*arguments)
