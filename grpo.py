@@ -63,7 +63,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import jinja2
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
@@ -654,6 +653,11 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one sentence, without a traceback."""
 
 
+def first_sentence(error: Exception) -> str:
+    """What an error says, without the advice that follows."""
+    return re.split(r"(?<=\w[.!?]) ", " ".join((str(error) or repr(error)).split()))[0][:300]
+
+
 # Defaults that depend on the model, and what the numbers may be.
 TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 100, "learning_rate": 5e-4}
 OTHER_DEFAULTS = {"max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6}
@@ -661,7 +665,7 @@ AT_LEAST_ZERO = ("beta", "ref_refresh_every", "seed", "save_every", "eval_every"
 AT_MOST_ONE = ("clip_eps",)
 POSITIVE = (
     "num_prompts", "max_new_tokens", "temperature", "num_steps", "update_epochs", "num_minibatches", "learning_rate",
-    "max_grad_norm", "clip_eps", "clip_eps_high", "micro_batch_tokens",
+    "max_grad_norm", "clip_eps", "clip_eps_high", "micro_batch_tokens", "group_size",
 )
 MIN_GROUP_SIZE = 2  # a group of one has nothing to be compared with
 
@@ -707,29 +711,35 @@ def load_problems(args: Args) -> tuple[list, list]:
     if len(train_set) < args.num_prompts:
         raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(train_set)} training problems")
     tokenizer, config = load_tokenizer(args.model)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", math.inf) - args.max_new_tokens
+    limits = [getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "vocab_size")]
+    context, vocabulary = (limit or math.inf for limit in limits)
+    longest = context - args.max_new_tokens
     encoded = [[(encode_prompt(tokenizer, p.prompt), p.answer) for p in part] for part in (train_set, held_out)]
     for ids, _ in encoded[0] + encoded[1]:
         if not 0 < len(ids) <= longest:
-            raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this model "
-                            f"takes 1 to {longest}: {tokenizer.decode(ids)[:80]!r}")
+            raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this model's "
+                            f"context of {context} takes 1 to {longest}: {tokenizer.decode(ids)[:80]!r}")
+        if max(ids) >= vocabulary:
+            raise UserError(f"--model {args.model}: its tokenizer has more tokens than the model, {vocabulary}")
     return encoded[0], encoded[1]
 
 
 def read_problems(path: str) -> list[Problem]:
     """Read JSON lines; `read_problem` says what a line must hold."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 in a string too
+        lines = Path(path).read_bytes().split(b"\n")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     problems = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                problems.append(checked_problem(json.loads(line)))
+                problems.append(checked_problem(json.loads(line.decode("utf-8-sig"))))
             except KeyError as error:
                 raise UserError(f"{path}, line {number}: the field {error} is missing") from None
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
     if not problems:
         raise UserError(f"{path} is empty: it must hold one JSON object a line")
@@ -739,12 +749,16 @@ def read_problems(path: str) -> list[Problem]:
 def checked_problem(record: dict) -> Problem:
     if not isinstance(record, dict):
         raise ValueError("must be a JSON object")
-    problem = read_problem(record)
-    turns = [problem.prompt] if isinstance(problem.prompt, str) else problem.prompt
-    texts = [turn.get(key) if isinstance(turn, dict) else turn for turn in turns for key in ("role", "content")]
-    if not texts or not all(isinstance(text, str) for text in [*texts, problem.answer]):
-        raise ValueError('"question" must be a string, "prompt" a string or a list of {"role": ..., "content": ...}')
-    "".join(texts).encode()  # half of a surrogate pair is no text: a ValueError
+    try:
+        problem = read_problem(record)
+        turns = [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
+        texts = [turn[key] for turn in turns for key in ("role", "content")]
+        if not texts:
+            raise TypeError("there is no message")
+        "".join([*texts, problem.answer]).encode()  # half of a surrogate pair is no text: a ValueError
+    except (TypeError, AttributeError) as error:
+        wanted = '"question" must be a string, "prompt" a string or a list of {"role": ..., "content": ...}'
+        raise ValueError(f"{wanted}: {error}") from None
     return problem
 
 
@@ -757,10 +771,9 @@ def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerFast, AutoConfig]:
     if number > 1 and rank == 0:
         dist.barrier()
     try:
-        return AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, **NO_CODE), AutoConfig.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # whatever a folder that is no model can raise
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"--model {model} is neither a model folder nor a reachable hub id: {reason}") from None
+        raise UserError(f"--model {model} is no model folder and no hub id in reach: {first_sentence(error)}") from None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -775,8 +788,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict[st
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
         )
-    except jinja2.TemplateError as error:
-        raise UserError(f"this model's chat template refuses a prompt: {error}: {str(prompt)[:80]}") from None
+    except Exception as error:  # whatever a template can raise
+        raise UserError(f"the model's chat template refuses {str(prompt)[:80]!r}: {first_sentence(error)}") from None
 
 
 def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
@@ -938,6 +951,7 @@ class Curves:
 # ----- Models -----
 
 TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE, TINY_HELD_OUT = 500, 128, 4e-3, 512
+NO_CODE = {"trust_remote_code": False}  # code beside a model is not run, nor is the user asked to
 
 
 def load_policy(model: str, device: torch.device) -> tuple[PreTrainedTokenizerFast, nn.Module, Tensor]:
@@ -945,9 +959,14 @@ def load_policy(model: str, device: torch.device) -> tuple[PreTrainedTokenizerFa
     tokenizer, _ = load_tokenizer(model)
     try:
         folder = tiny_policy() if model == "tiny" else model
-        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE)
+        policy, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+        lacking = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]  # would be random
+        if lacking:
+            raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
+        policy = policy.to(device).eval()
     except Exception as error:  # whatever damaged weights can raise
-        raise UserError(f"--model {model} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise UserError(f"--model {model} cannot be loaded: {first_sentence(error)}") from None
     ends = [policy.generation_config.eos_token_id, policy.config.get_text_config().eos_token_id, tokenizer.eos_token_id]
     eos_ids = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
     if not eos_ids:
@@ -1029,7 +1048,7 @@ def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args
         shared = gap(share_prompt=True)
         reason = f"its log-probabilities would be off by {shared:.2g} nats"
     except (AttributeError, RuntimeError, ValueError) as error:
-        shared, reason = math.inf, str(error).splitlines()[0]
+        shared, reason = math.inf, first_sentence(error)
     if window < longest:
         shared, reason = math.inf, f"it attends to the last {window} tokens of up to {longest}"
     if not shared < limit:
@@ -1104,7 +1123,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
         shutil.rmtree(folder / "before", ignore_errors=True)
     except Exception as error:  # a full disk shows as OSError, RuntimeError or an error of safetensors
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{folder} could not be saved: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder} could not be saved: {first_sentence(error)}") from None
 
 
 def digest(path: Path) -> str:
@@ -1191,7 +1210,9 @@ def main(args: Args) -> int:
         train(args)
     except UserError as error:
         code, sentence = 2, str(error)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as a CPU says it
+            raise
         code, sentence = 2, "out of memory: a lower --micro-batch-tokens, --num-prompts or --group-size helps, as does "
         sentence += "--gradient-checkpointing"
     except KeyboardInterrupt:  # before the first step: there is nothing to save yet
@@ -1242,6 +1263,8 @@ class Run:
             raise UserError(f"{self.folder} holds a run: go on with it (--resume auto) or choose another --run-name")
         if args.resume == "auto" and not args.run_name:
             raise UserError("--resume auto needs the --run-name of the run that is to go on")
+        if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
+            raise UserError(f"--resume {args.resume}: there is no such folder of a checkpoint")
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
 
@@ -1269,9 +1292,9 @@ class Run:
                 for name, expected in json.loads((folder / "sha256.json").read_text()).items():
                     if digest(folder / name) != expected:
                         raise ValueError(f"{name} is damaged")
-                weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+                weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **NO_CODE).state_dict()
             except Exception as error:  # whatever a damaged file can raise: it is named, and the one before is tried
-                self.say(f"{folder} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}")
+                self.say(f"{folder} cannot be loaded: {first_sentence(error)}")
                 continue
             if changed:
                 raise UserError(f"{folder} is of a run with other arguments: {', '.join(changed)}")
@@ -1284,6 +1307,8 @@ class Run:
             others = {*folders[0].parent.glob("step_*")} - {*folders} if folders else set()
             instead = f"; there is also {', '.join(map(str, sorted(others)))}" if others else ""
             raise UserError(f"--resume {self.args.resume}: no checkpoint that can be loaded{instead}")
+        if auto:
+            self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
 
     def changed_arguments(self, before: dict) -> list[str]:
         now = {"script": self.script, **vars(self.args)}
