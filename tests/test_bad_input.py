@@ -438,7 +438,7 @@ class TestRuns:
     def test_a_damaged_checkpoint_is_refused(self, script, again, capsys, name):
         file = Path("runs", script.__name__, "step_000001", name)
         content = file.read_bytes()
-        for damaged in (content[:-20], b"", None):
+        for damaged in (content[:-20], content[:-1] + bytes([content[-1] ^ 1]), b"", None):
             file.unlink() if damaged is None else file.write_bytes(damaged)
             said = refusal(script, f"{again} --run-name {script.__name__} --resume auto", capsys)
             assert "--resume auto: no checkpoint that can be loaded" in said
@@ -502,16 +502,21 @@ answers = st.sampled_from(["1", "a #### 2"])
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | answers
 values = st.recursive(scalars, lambda x: st.lists(x, max_size=3) | st.dictionaries(names, x, max_size=3), max_leaves=6)
 texts = st.text(st.characters(exclude_categories=[]), max_size=8)
-turns = st.fixed_dictionaries({"role": texts, "content": texts}, optional={"name": values, "tool_calls": values})
+more = {"name": values, "tool_calls": values}
+turns = st.fixed_dictionaries({"role": st.just("user") | texts, "content": texts}, optional=more)
 chats = st.lists(turns | values, max_size=3) | st.lists(turns, min_size=1, max_size=3)
 prompts = {"question": texts | values, "prompt": chats | values}
 records = st.fixed_dictionaries({"answer": answers | values}, optional=prompts)
 json_lines = (records | values).map(lambda value: json.dumps(value).encode())
-lines = st.binary(max_size=20) | json_lines | st.just(LINE.strip()) | records.map(lambda x: ascii(x).encode())
+good_lines = st.text(st.characters(codec="utf-8"), max_size=8).map(
+    lambda text: json.dumps({"prompt": text, "answer": "2"}, ensure_ascii=False).encode()
+)
+lines = good_lines | st.binary(max_size=20) | json_lines | records.map(lambda record: ascii(record).encode())
+contents = st.builds(lambda good, other: b"\n".join([*good, *other]), st.lists(good_lines), st.lists(lines, max_size=1))
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["no template", "template"])
-@given(content=st.lists(lines, max_size=5).map(b"\n".join) | st.binary(), eval_content=st.none() | lines)
+@given(content=contents | st.binary(), eval_content=st.none() | contents)
 def test_data_are_problems_or_one_sentence(tokenizer, content, eval_content):
     config = LlamaConfig(max_position_embeddings=128, vocab_size=259)
     Path("data.jsonl").write_bytes(content)
@@ -531,7 +536,7 @@ def test_data_are_problems_or_one_sentence(tokenizer, content, eval_content):
         assert grpo.final_number("#" + answer) is not None
 
 
-@pytest.mark.parametrize("template", [CHATML, PICKY, "{{ messages[0]['name'] + messages[1].content }}", "{{ messages }}"])
+@pytest.mark.parametrize("template", [CHATML, PICKY, "{{ messages }}", "{{ messages[0].name + messages[1].content }}"])
 @given(prompt=chats)
 def test_chat_messages_of_any_shape_become_ids_or_one_sentence(template, prompt):
     try:
