@@ -1113,10 +1113,12 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
         tokenizer.save_pretrained(aside)
         if state:
             torch.save(state, aside / "state.pt")
-            (aside / "sha256.json").write_text(json.dumps({path.name: digest(path) for path in aside.iterdir()}))
-        for path in filter(Path.is_file, aside.rglob("*")):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            files = [path for path in aside.rglob("*") if path.is_file()]
+            (aside / "sha256.json").write_text(json.dumps({str(f.relative_to(aside)): digest(f) for f in files}))
+        for path in [*aside.rglob("*"), aside]:
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
         if folder.exists():
             folder.rename(aside / "before")
         aside.rename(folder)
@@ -1287,11 +1289,11 @@ class Run:
         folders = self.checkpoints() if auto else [Path(self.args.resume or "")]
         for folder in folders if self.args.resume else []:
             try:
-                saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-                changed = self.changed_arguments(saved["args"])
                 for name, expected in json.loads((folder / "sha256.json").read_text()).items():
                     if digest(folder / name) != expected:
                         raise ValueError(f"{name} is damaged")
+                saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+                changed = self.changed_arguments(saved["args"])
                 weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **NO_CODE).state_dict()
             except Exception as error:  # whatever a damaged file can raise: it is named, and the one before is tried
                 self.say(f"{folder} cannot be loaded: {first_sentence(error)}")
