@@ -1264,16 +1264,18 @@ def full_state(part: object) -> dict:
     """The state of a model, of (model, its optimizer) or of a controller, for any number of processes."""
     if isinstance(part, nn.Module):
         return dcp.get_model_state_dict(part, options=FULL)
-    return dcp.get_optimizer_state_dict(*part, options=FULL) if isinstance(part, tuple) else part.state_dict()
+    if isinstance(part, tuple):  # of an optimizer that has not stepped yet, dcp would count a step that never was
+        return dcp.get_optimizer_state_dict(*part, options=FULL) if part[1].state else {}
+    return part.state_dict()
 
 
 def load_full_state(part: object, state: dict) -> None:
     if isinstance(part, nn.Module):
         dcp.set_model_state_dict(part, state, options=FULL)
-    elif isinstance(part, tuple):
-        dcp.set_optimizer_state_dict(*part, state, options=FULL)
-    else:
+    elif not isinstance(part, tuple):
         part.load_state_dict(state)
+    elif state:
+        dcp.set_optimizer_state_dict(*part, state, options=FULL)
 
 
 # ----- The run: its folder, checkpoints, curves, progress bar, signals -----
