@@ -963,9 +963,14 @@ def split_batch(
         while start < len(packed):
             cuts.append(packed[start : start + max(1, micro_batch_tokens // int(tokens[packed[start]]))])
             start += len(cuts[-1])
-        while len(cuts) % processes:  # as many for each process
+        # As many for each process: cut more, or, where there are too few rows for that, put the shortest together.
+        wanted = processes * min(math.ceil(len(cuts) / processes), len(packed) // processes)
+        while len(cuts) < wanted:
             largest = max(range(len(cuts)), key=lambda i: len(cuts[i]))
             cuts[largest : largest + 1] = cuts[largest].tensor_split(2)
+        while len(cuts) > wanted:
+            cuts[-2:] = [torch.cat(cuts[-2:])]
+        cuts = [cut for rank in range(processes) for cut in cuts[rank::processes]]  # the long rows on all of them
         rows = [(cut[:, None] * share + torch.arange(share)).flatten() for cut in cuts]     # (size k,) each
         minibatches.append([(cut // packs, row) for cut, row in zip(cuts, rows, strict=True)])
     return minibatches
