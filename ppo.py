@@ -607,7 +607,7 @@ def train(args: Args) -> Path:
     refresh_sampler(sampler, policy)
 
     def evaluation() -> dict[str, float]:
-        return evaluate(sampler, tokenizer, held_out, eos_ids, args, share_prompt, run.device)
+        return evaluate(sampler, tokenizer, held_out, eos_ids, args, share_prompt, run)
 
     run.begin(problems, held_out, evaluation)
     for step in run.steps():
@@ -902,23 +902,25 @@ def decode(tokenizer: PreTrainedTokenizerFast, completion_ids: Tensor, completio
 @torch.no_grad()
 def evaluate(
     sampler: nn.Module, tokenizer: PreTrainedTokenizerFast, problems: list, eos_ids: Tensor, args: Args,
-    share_prompt: bool, device: torch.device,
+    share_prompt: bool, run: "Run",
 ) -> dict[str, float]:
     """Mean reward on the held-out problems, greedy and sampled, and the length of the sampled completions."""
     found = {"eval/accuracy": 0.0, "eval/sampled": 0.0, "eval/length": 0.0}
     rows = args.num_prompts * args.group_size
     for start in range(0, len(problems), rows):
         part = problems[start : start + rows]
-        prompts = pad_prompts([ids for ids, _ in part], device)
+        number = len(part)
+        part = part if number >= world()[1] else part * world()[1]  # every process must have something to do
+        prompts = pad_prompts([ids for ids, _ in part], run.device)
         for name, temperature in (("eval/accuracy", 0.0), ("eval/sampled", args.temperature)):
             generator = torch.Generator().manual_seed(start)
             uniforms = torch.rand(len(part), 1, args.max_new_tokens, dtype=torch.float64, generator=generator)
             ids, mask, _ = gather(*generate_completions(
                 sampler, *share(*prompts, uniforms), temperature, eos_ids, share_prompt
             ))
-            texts = decode(tokenizer, ids, mask)
-            found[name] += sum(reward(text, answer) for text, (_, answer) in zip(texts, part, strict=True))
-        found["eval/length"] += mask.sum().item()
+            scores = run.score(decode(tokenizer, ids, mask), [answer for _, answer in part])
+            found[name] += scores[:number].sum().item()
+        found["eval/length"] += mask[:number].sum().item()
     return {name: value / len(problems) for name, value in found.items()}
 
 
