@@ -1252,7 +1252,7 @@ class Run:
 
     def __init__(self, args: Args, script: str):
         self.args, self.script = args, script
-        self.step, self.before, self.stopping, self.skipped = 0, {}, False, 0
+        self.step, self.before, self.laps, self.skipped, self.asked, self.stopping = 0, {}, {}, 0, False, False
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         name = next(name for name in here if here[name]) if args.device == "auto" else args.device
         if not here[name]:
@@ -1400,11 +1400,13 @@ class Run:
         """The steps still to do. SIGINT and SIGTERM end them after the one under way; a second one ends at once."""
 
         def stop(number: int, _: object) -> None:
-            self.stopping = True
-            signal.signal(number, signal.SIG_DFL)
-            self.say("finishing this step, then saving; once more to leave at once")
+            self.asked = True
+            for each in self.handlers:
+                signal.signal(each, signal.SIG_DFL)
+            if world()[0] == 0:  # not by print, which may be at work already
+                os.write(2, b"\nfinishing this step, then saving; once more to leave at once\n")
 
-        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         show = dict(initial=self.step, total=self.args.num_steps, desc=self.script, unit="step")
         with tqdm(range(self.step, self.args.num_steps), disable=True if world()[0] else None, **show) as self.bar:
             for step in self.bar:
@@ -1412,8 +1414,6 @@ class Run:
                 yield step
                 if self.stopping:
                     break
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
     def lap(self, name: str) -> None:
         """The seconds since the last lap are those of `name`."""
@@ -1441,7 +1441,7 @@ class Run:
 
     def after_step(self, seen: list[tuple[str, float]]) -> None:
         """Evaluate, show completions that were just `seen` as (text, reward), and save, whenever that is due."""
-        self.stopping = bool(add_up(torch.tensor(float(self.stopping), device=self.device)))  # all or none
+        self.stopping = bool(add_up(torch.tensor(float(self.asked), device=self.device)))  # all or none
         last = self.stopping or self.step == self.args.num_steps
         if self.args.eval_every and (self.step % self.args.eval_every == 0) and not last:
             self.show_evaluation()
@@ -1468,6 +1468,8 @@ class Run:
         if self.stopping:
             self.say(f"to go on: the same command with --run-name {self.folder.name} --resume auto")
         self.say("curves: tensorboard --logdir runs")
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         return self.folder / "policy"
 
 
