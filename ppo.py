@@ -1413,12 +1413,16 @@ class Run:
         self.evaluation, self.started = evaluation, time.monotonic()
         size = sum(parameter.numel() for parameter in self.state["policy"].parameters())
         trained = [part for part in self.state.values() if isinstance(part, tuple)]
+        self.writer = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free, gigabytes = shutil.disk_usage(self.folder).free, 12 * size * len(trained) / 1e9
-            if free < 3e9 * gigabytes:
-                raise OSError(f"three checkpoints need {3 * gigabytes:.1f} GB and {free / 1e9:.1f} GB are free")
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1) if world()[0] == 0 else None
+            if world()[0] == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left in [*self.folder.glob(".step_*"), *self.folder.glob(".policy.*")]:
+                    shutil.rmtree(left)  # by a save that was killed
+                free, gigabytes = shutil.disk_usage(self.folder).free, 12 * size * len(trained) / 1e9
+                if free < 3e9 * gigabytes:
+                    raise OSError(f"three checkpoints need {3 * gigabytes:.1f} GB and {free / 1e9:.1f} GB are free")
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.step and self.step + 1)
         except OSError as error:
             raise UserError(f"the run cannot be kept in {self.folder}: {error}") from None
         processes = f" in {world()[1]} processes" if dist.is_initialized() else ""
@@ -1459,6 +1463,8 @@ class Run:
         try:
             for name, value in metrics.items() if self.writer else ():
                 self.writer.add_scalar(name, value, self.step)
+            if self.writer:
+                self.writer.flush()  # before the checkpoint: who is killed after it misses no point
         except OSError as error:
             self.writer = None
             self.say(f"the curves end here, the run goes on: {error}")
@@ -1528,14 +1534,15 @@ class Run:
                 self.say(f"{error}; the run goes on")
 
     def finish(self) -> Path:
-        """Save, evaluate a last time, and say in a line what was learned, where it is, and how to see it."""
-        self.save_checkpoint()
-        save_model(self.folder / "policy", self.state["policy"], self.tokenizer)
-        if self.args.eval_every and not self.stopping:
+        """Evaluate a last time, save, and say in a line what was learned, where it is, and how to see it."""
+        if self.args.eval_every and self.laps and not self.stopping:  # once, in whatever part of the run
             after = self.show_evaluation()
             changes = [f"{self.before[name]:.3g} -> {after[name]:.3g}" for name in after if self.before]
             if changes:
                 self.say("held-out accuracy {} greedy, {} sampled; length {} tokens".format(*changes))
+        if self.laps:
+            self.save_checkpoint()
+        save_model(self.folder / "policy", self.state["policy"], self.tokenizer)
         if self.writer:
             self.writer.close()
         self.say(f"{self.step} steps, {time.monotonic() - self.started:.0f} s; trained model: {self.folder / 'policy'}")
