@@ -1020,7 +1020,7 @@ class Curves:
     def means(self, prefix: str) -> dict[str, float]:
         finite = [norm for norm in self.grad_norms if norm.isfinite()]
         means = {name: self.mean(name) for name in self.sums if name != "ratio"}
-        means["loss"] = add_up(torch.as_tensor(sum(self.losses))) / max(1, len(self.grad_norms))
+        means["loss"] = add_up(sum(self.losses)) / len(self.grad_norms) if self.losses else 0.0
         means["grad_norm"] = sum(finite) / max(1, len(finite))
         means["skipped"] = len(self.grad_norms) - len(finite)
         if "ratio" in self.sums:
@@ -1455,6 +1455,7 @@ class Run:
         """Keep what was learned, and stop with a sentence."""
         if self.step:
             self.save_checkpoint()
+            add_up(torch.zeros((), device=self.device))  # the others wait for the one that writes
             reason += f"; {self.step} steps are kept: go on with --run-name {self.folder.name} --resume auto"
         raise UserError(reason)
 
@@ -1513,9 +1514,9 @@ class Run:
             "reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
             "{time/tokens_per_second:.0f} tokens/s".format_map(metrics)
         )
-        self.skipped = self.skipped + 1 if metrics["policy/skipped"] else 0
+        self.skipped = self.skipped + 1 if metrics["policy/skipped"] or metrics.get("value/skipped") else 0
         if self.skipped == 1:
-            self.say(f"step {self.step}: the gradient was not finite, so the policy stayed as it was")
+            self.say(f"step {self.step}: the gradient was not finite, so its update was skipped")
         if self.skipped == self.MOST_SKIPPED:
             self.fail(f"the gradient was not finite in {self.skipped} steps in a row: a lower --learning-rate may help")
 
