@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""Runs to break: a random tiny model with its tokenizer and problems in a folder, and real processes that train it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from families import make_model
+
+ROOT = Path(__file__).parents[1]
+CI = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
+SMALL = dict(
+    model="model", data="data.jsonl", num_prompts=4, group_size=2, max_new_tokens=6, num_steps=4, eval_every=0,
+    save_every=0, learning_rate=1e-3, device="cpu", dtype="float32",
+)  # fmt: skip
+MEASURED = ("time/sample", "time/update", "time/tokens_per_second")  # no two runs agree in these
+
+# The script as it is, but for its reward: a random model never gets a sum right, so pay for variety instead.
+DRIVER = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch
+import {script} as script
+script.reward = lambda completion, answer: len(set(completion)) / 10
+{before}
+if __name__ == "__main__":
+    sys.exit(script.main(script.tyro.cli(script.Args)))
+"""
+
+
+def make_folder(folder: Path, family: str = "llama") -> None:
+    """model/ and data.jsonl, as --model and --data take them."""
+    characters = "0123456789+=#;"
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(["<end>", *characters])}, "<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    special = dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    if family == "gpt2":
+        special |= dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    make_model(family, torch.float32, **special).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = [f'{{"prompt": "{a:02}+{7 * a % 90}=", "answer": "{a + 7 * a % 90}"}}\n' for a in range(40)]
+    (folder / "data.jsonl").write_text("".join(lines))
+
+
+def command(script: str, before: str = "", processes: int = 0, **args: object) -> list[str]:
+    """What runs the script with SMALL and `args`, after the lines of Python in `before`; under torchrun if asked."""
+    driver = Path(f"driver_{script}_{len(list(Path().glob('driver_*')))}.py")
+    driver.write_text(DRIVER.format(root=str(ROOT), script=script, before=before))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL | args).items()]
+    return [sys.executable, *launch, str(driver), *flags]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """A process of its own, one thread each: what it says goes to a pipe."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """What it said, once it has ended as it should."""
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == code, said
+    return said
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def same_bits(first: str | Path, second: str | Path) -> bool:
+    first, second = weights(first), weights(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def curves(run_name: str) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run, without what was measured with a clock."""
+    events = EventAccumulator(f"runs/{run_name}")
+    events.Reload()
+    return {t: [(e.step, e.value) for e in events.Scalars(t)] for t in events.Tags()["scalars"] if t not in MEASURED}
+
+
+def steps(run_name: str) -> list[str]:
+    """The checkpoints of a run."""
+    return sorted(path.name for path in Path("runs", run_name).glob("step_*"))
