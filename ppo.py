@@ -384,8 +384,7 @@ def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
     """(M, H) -> (M, V), with the scalings that some model families apply after the head."""
     config = policy.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    logits = policy.get_output_embeddings()(hidden)
-    logits = logits if scale == 1 else logits * scale
+    logits = policy.get_output_embeddings()(hidden) * scale
     cap = getattr(config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
