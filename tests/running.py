@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -15,6 +16,7 @@ from families import make_model
 
 ROOT = Path(__file__).parents[1]
 CI = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
+slow = pytest.mark.skipif(not CI, reason="in the CI profile")
 SMALL = dict(
     model="model", data="data.jsonl", num_prompts=4, group_size=2, max_new_tokens=6, num_steps=4, eval_every=0,
     save_every=0, learning_rate=1e-3, device="cpu", dtype="float32",

@@ -12,7 +12,7 @@ import torch
 
 import grpo
 import ppo
-from running import CI, SMALL, command, curves, finish, make_folder, start, steps, weights
+from running import CI, SMALL, command, curves, finish, make_folder, slow, start, steps, weights
 
 # One launch does all that needs several processes and no fault: starting them costs more than what they do.
 #   gradients    one step of every case, up to the first update, whose gradient is written down
@@ -94,9 +94,12 @@ def found(tmp_path_factory) -> Path:
         (folder / "model").rename("gpt2")
         make_folder(folder)
         (folder / "cases.json").write_text(json.dumps(CASES))
+        held_out = (folder / "data.jsonl").read_text().splitlines(keepends=True)[:13]  # one more than in a batch
+        (folder / "held_out.jsonl").write_text("".join(held_out))
         common = SMALL | dict(num_prompts=3, group_size=4, micro_batch_tokens=40, update_epochs=2, num_minibatches=1)
+        common["eval_data"] = "held_out.jsonl"
         (folder / "common.json").write_text(json.dumps(common))
-        for processes in (0, 2):
+        for processes in (0, 2, 3) if CI else (0, 2):
             run = command("grpo", REWARD + WORK, processes=processes)
             finish(start(run[: 1 + next(i for i, part in enumerate(run) if part.startswith("driver"))]))
         for module in (grpo, ppo):
@@ -117,15 +120,16 @@ both = pytest.mark.parametrize("name", ["grpo", "ppo"])
 
 @both
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradient_is_that_of_one_process(there, name, case):
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=slow)])
+def test_the_gradient_is_that_of_one_process(there, name, case, processes):
     if CASES[case][0] not in (name, "both"):
         pytest.skip("has no such case")
-    one, two = (torch.load(f"{name}_{case}_{number}.pt", weights_only=True) for number in (1, 2))
-    assert one.keys() == two.keys()
+    one, all_of_them = (torch.load(f"{name}_{case}_{number}.pt", weights_only=True) for number in (1, processes))
+    assert one.keys() == all_of_them.keys()
     assert bool(one) == (case != "none_teaches")
     largest = max((gradient.abs().max() for gradient in one.values()), default=1.0)
     for parameter, gradient in one.items():
-        torch.testing.assert_close(two[parameter], gradient, rtol=1e-5, atol=1e-5 * float(largest), msg=parameter)
+        torch.testing.assert_close(all_of_them[parameter], gradient, rtol=1e-5, atol=1e-5 * float(largest))
 
 
 def assert_trained_alike(first: str, second: str) -> None:
@@ -208,11 +212,12 @@ script.optimizer_step = step
 }
 
 
-@pytest.mark.parametrize("fails", FAILS)
-@both
+FAILURES = [("grpo", "reward"), ("grpo", "raises"), ("grpo", "killed"), ("ppo", "reward"), ("ppo", "raises")]
+FAILURES[1:] = [pytest.param(*failure, marks=slow) for failure in FAILURES[1:]]
+
+
+@pytest.mark.parametrize(("name", "fails"), FAILURES)
 def test_when_one_process_fails_all_end(folder, name, fails):
-    if not CI and (name, fails) != ("grpo", "reward"):
-        pytest.skip("in the CI profile")
     began = time.monotonic()
     said = finish(start(command(name, FAILS[fails], processes=2, run_name="a")), code=1)
     assert time.monotonic() - began < 150
@@ -227,10 +232,8 @@ def test_when_one_process_fails_all_end(folder, name, fails):
 SLOW = "script.reward = lambda completion, answer: time.sleep(0.05) or len(set(completion)) / 10"
 
 
-@both
+@pytest.mark.parametrize("name", ["grpo", pytest.param("ppo", marks=slow)])
 def test_sigterm_to_torchrun_finishes_the_step_and_saves(folder, name):
-    if not CI and name == "ppo":
-        pytest.skip("in the CI profile")
     with start(command(name, SLOW, processes=2, run_name="a", num_steps=1000, save_every=1)) as process:
         while not steps("a"):
             time.sleep(0.1)
@@ -245,7 +248,7 @@ def test_sigterm_to_torchrun_finishes_the_step_and_saves(folder, name):
     assert [step for step, _ in curves("a")["reward/mean"]] == [*range(1, int(kept[5:]) + 1)]
 
 
-@pytest.mark.skipif(not CI, reason="in the CI profile")
+@slow
 def test_two_hosts_train_together(folder):
     with socket.socket() as free:
         free.bind(("localhost", 0))
