@@ -46,6 +46,7 @@ def work(number):
             module.optimizer_step = record
             try:
                 own = dict(model=family, run_name=f"{module.__name__}_{name}_{number}")
+                own |= dict(value_warmup_steps=0) if module is ppo else {}
                 module.train(module.Args(**common | own | choices))
             except Enough:
                 pass
