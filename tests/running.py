@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Runs to break: a random tiny model with its tokenizer and problems in a folder, and real processes that train it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -61,15 +62,27 @@ def command(script: str, before: str = "", processes: int = 0, **args: object) -
     return [sys.executable, *launch, str(driver), *flags]
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    """A process of its own, one thread each: what it says goes to a pipe."""
+class Process(subprocess.Popen):
+    """One that does not outlive its `with`, whatever a test that failed left it doing."""
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.terminate()  # torchrun ends its processes
+            self.wait(timeout=20)
+        self.kill()
+        super().__exit__(*error)
+
+
+def start(command: list[str]) -> Process:
+    """A process of its own, with one thread: what it says goes to a pipe."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    return Process(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
+def finish(process: Process, code: int = 0) -> str:
     """What it said, once it has ended as it should."""
-    said, _ = process.communicate(timeout=300)
+    with process:
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == code, said
     return said
 

@@ -214,7 +214,8 @@ def test_a_full_disk_at_a_save_on_the_way_does_not_end_the_run(script, capsys, m
         return variety(completion, answer)
 
     monkeypatch.setattr(script, "reward", filling)
-    said = run(script, capsys, run_name="a", save_every=1)
+    with full_disk(before[0]):
+        said = run(script, capsys, run_name="a", save_every=1)
     for step in (2, 3):
         assert f"runs/a/step_00000{step} could not be saved" in said
     assert said.count("the run goes on") == 2
