@@ -207,7 +207,8 @@ def final_number(text: str) -> Decimal | None:
 
 def reward(completion: str, answer: str) -> float:
     """r_i: 1 if the completion's final number is the answer's, else 0. The text is parsed, never evaluated."""
-    return float(final_number(completion) == final_number("#" + answer))
+    number = final_number(completion)
+    return float(number is not None and number == final_number("#" + answer))
 
 
 def tiny_problems() -> list[Problem]:
@@ -1014,7 +1015,7 @@ class Curves:
 
     def mean(self, name: str) -> float:
         total, tokens = add_up(torch.stack([self.sums[name], self.tokens[name]]).float())
-        return float(total / tokens)
+        return float(total / tokens.clamp(min=1))
 
     def means(self, prefix: str) -> dict[str, float]:
         finite = [norm for norm in self.grad_norms if norm.isfinite()]

@@ -80,6 +80,7 @@ def test_chat_messages_without_a_template_are_refused():
         ("#### __import__('os').abort()", "18", 0.0),
         ("#### ", "18", 0.0),
         ("", "18", 0.0),
+        ("", "no number", 0.0),  # nothing is not nothing's answer
     ],
 )
 def test_the_reward_is_for_the_one_number_after_the_last_marker(completion, answer, expected):

@@ -586,5 +586,5 @@ def test_pitfall_23_only_the_one_number_after_the_last_marker_is_an_answer(scrip
         bug(script, "final_number", 'if "#" in text', "if text"),  # anywhere
         bug(script, "final_number", "rpartition", "partition"),  # after the first marker
         bug(script, "final_number", "if len(numbers) == 1", "if numbers"),  # the first of several guesses
-        bug(script, "reward", 'final_number(completion) == final_number("#" + answer)', "answer in completion"),
+        bug(script, "reward", 'number == final_number("#" + answer)', "answer in completion"),
     )
