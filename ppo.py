@@ -390,8 +390,9 @@ def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-# (tokens, V) entries of the float32 log-softmax at once: half a gigabyte on an accelerator, a cache's worth on a CPU.
-LOGITS_AT_ONCE = {"cuda": 2**27, "mps": 2**27, "cpu": 2**22}
+# (tokens, V) entries of the float32 log-softmax at once: half a gigabyte on an accelerator. On a CPU 64 MB, which
+# malloc gives back to the system; pieces of less than 32 MB would leave holes in the heap as large as all of them.
+LOGITS_AT_ONCE = {"cuda": 2**27, "mps": 2**27, "cpu": 2**24}
 
 
 @gathering_weights
