@@ -748,6 +748,7 @@ def read_problems(path: str) -> list[Problem]:
 
 
 def checked_problem(record: dict) -> Problem:
+    """The problem of one JSON line, if prompt and answer are texts that a tokenizer can read; else a ValueError."""
     if not isinstance(record, dict):
         raise ValueError("must be a JSON object")
     try:
@@ -942,10 +943,12 @@ class Curves:
         self.grad_norms.append(grad_norm)
 
     def mean(self, name: str) -> float:
+        """Over the tokens of all processes."""
         total, tokens = add_up(torch.stack([self.sums[name], self.tokens[name]]).float())
         return float(total / tokens.clamp(min=1))
 
     def means(self, prefix: str) -> dict[str, float]:
+        """Every curve of the step, as TensorBoard names it."""
         finite = [norm for norm in self.grad_norms if norm.isfinite()]
         means = {name: self.mean(name) for name in self.sums if name != "ratio"}
         means["loss"] = add_up(sum(self.losses)) / len(self.grad_norms) if self.losses else 0.0
@@ -1086,6 +1089,7 @@ class RoomyLayer(DynamicLayer):
     """A layer of the cache with room for the tokens to come. DynamicLayer copies all it has for every new one."""
 
     def reserve(self, tokens: int) -> None:
+        """Make the room, once the prompt is there."""
         self.room = [nn.functional.pad(x, (0, 0, 0, tokens)) for x in (self.keys, self.values)]
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -1137,6 +1141,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
 
 
 def digest(path: Path) -> str:
+    """SHA-256 of a file of any size."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**24):
@@ -1204,6 +1209,7 @@ def full_state(part: object) -> dict:
 
 
 def load_full_state(part: object, state: dict) -> None:
+    """Undo `full_state`, whatever the number of processes that saved."""
     if isinstance(part, nn.Module):
         dcp.set_model_state_dict(part, state, options=FULL)
     elif not isinstance(part, tuple):
@@ -1285,6 +1291,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def say(self, text: str) -> None:
+        """Print a line above the progress bar, once for all processes."""
         if world()[0] == 0:
             tqdm.write(text, file=sys.stderr)
 
@@ -1323,6 +1330,7 @@ class Run:
             self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
 
     def changed_arguments(self, before: dict) -> list[str]:
+        """Those that differ from a checkpoint's and may not."""
         now = {"script": self.script, **vars(self.args)}
         changed = [name for name in now if name not in self.FREE and now[name] != before.get(name)]
         return [f"--{name.replace('_', '-')} was {before.get(name)}, is {now[name]}" for name in changed]
@@ -1398,6 +1406,7 @@ class Run:
             self.say(f"the curves end here, the run goes on: {error}")
 
     def show_evaluation(self) -> dict[str, float]:
+        """Evaluate, and show the result as a line and on the curves."""
         found = self.evaluation()
         self.curve(found)
         accuracy = "held-out accuracy {:.3f} greedy, {:.3f} sampled, {:.1f} tokens".format(*found.values())

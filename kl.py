@@ -68,9 +68,11 @@ class _Beta:
     beta: float
 
     def state_dict(self) -> dict[str, float]:
+        """What `load_state_dict` takes."""
         return {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from the beta of another controller."""
         self.beta = state["beta"]
 
 

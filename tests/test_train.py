@@ -162,6 +162,17 @@ def test_groups_of_equal_rewards_are_left_out_only_where_that_is_exact(script, m
         assert all(torch.equal(before[name], still[name]) for name in before)
 
 
+def test_a_batch_whose_every_completion_is_left_out_moves_nothing_and_has_finite_curves(script):
+    # DAPO's overlong filtering, where no completion ends within its one token.
+    if script is grpo:
+        before, args = weights(grpo.tiny_policy()), SMALL | dict(max_new_tokens=1, mask_truncated=True)
+        after = weights(grpo.train(grpo.Args(run_name="a", **args)))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        found = curves("a")
+        assert found["completion/truncated"] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+        assert all(torch.tensor(value).isfinite() for points in found.values() for _, value in points)
+
+
 def test_the_end_token_is_trained_when_pad_is_the_end_token(script, monkeypatch):
     # Pitfall 1. Reward short completions: the policy must learn to stop, and can only by its end token.
     _, policy, _ = script.load_policy("tiny", torch.device("cpu"))
