@@ -12,7 +12,7 @@ Shapes: B prompts, G completions for each, N = B * G rows, T completion tokens. 
 import torch
 from torch import Tensor
 
-# Keeps a group of almost equal rewards from being blown up. The large libraries use the same value.
+# Keeps a group of almost equal rewards from being blown up. TRL adds the same.
 STD_EPS = 1e-4
 
 
@@ -24,7 +24,8 @@ def group_advantages(rewards: Tensor, scale: str = "group", baseline: str = "mea
         scale: "group" divides by the standard deviation of the row, "batch" by that of all B * G rewards,
             "none" not at all (Dr. GRPO, arXiv 2503.20783: dividing favours prompts that are very easy or hard).
         baseline: "mean" subtracts the mean of the row, "leave_one_out" the mean of the other G - 1 rewards
-            (RLOO, arXiv 2402.14740), which is G / (G - 1) * (r_i - mean) and makes the gradient unbiased.
+            (RLOO, arXiv 2402.14740), which is G / (G - 1) * (r_i - mean). The gradient is then unbiased with scale
+            "none" and a constant loss average; that of the mean is (G - 1) / G of it.
 
     Returns:
         (B, G); in standard deviations unless scale is "none". Every row sums to 0. Equal rewards give exactly 0.
@@ -97,6 +98,8 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, Eq. 16): A_t = sum_l (γλ)^l δ_{t+l} with
     δ_t = r_t + γ V_{t+1} - V_t, where V after the last token is 0.
+
+    Differs: a completion that was cut off counts as ended, where PPO Eqs. 10 to 12 add V(s_T) for what would follow.
 
     Args:
         token_rewards, values: (N, T), r_t for the token chosen at t and V(s_t) of the state before it.

@@ -18,7 +18,7 @@ mean; the KL pulls it back to the reference policy, where it still speaks the la
     symbol       name in the code    shape     meaning
     G, mu        group_size, update_epochs     completions per prompt; passes over them per step
     q            prompt_ids          (B, P)    B prompts of at most P tokens, padded on the left
-    o_i          completion_ids      (N, T)    N = B * G completions of at most T tokens, padded on the right
+    o_i          completion_ids      (N, T)    N = B * G completions, padded on the right to the step's longest
     |o_i|        completion_mask     (N, T)    true through the end token, by length: the end token is trained too
     r_i          rewards             (B, G)    what the task pays for a completion
     A_{i,t}      advantages          (N, T)    in standard deviations of the group (in rewards with scale "none")
@@ -27,12 +27,13 @@ mean; the KL pulls it back to the reference policy, where it still speaks the la
     pi_ref       ref_logprobs        (N, T)    the same under the reference policy, frozen
     w_{i,t}      ratio               (N, T)    pi_theta / pi_old
     D_KL         kl                  (N, T)    pi_ref / pi_theta - log(pi_ref / pi_theta) - 1, in nats
+    1/G 1/|o_i|  weights             (N, T)    what a token weighs in the loss
     eps, beta    clip_eps, beta      scalar    clip range of the ratio; weight of the KL
 
 Differs from the papers, each marked "Differs" where it happens: the std is the sample one plus 1e-4 (advantage.py);
 DAPO's token mean runs over all groups at once; the reference stays the initial policy unless --ref-refresh-every asks
 for Algorithm 1's outer loop; pi_old is scored by the trainer's own forward pass, on the micro-batches of the update,
-so that the first ratio is exactly 1; AdamW at a constant learning rate, its gradient clipped by the norm.
+so that the first ratio is exactly 1; the learning rate is constant, the gradient is clipped by its norm.
 
     python grpo.py                                     a tiny model learns two-digit addition, no download
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl
@@ -237,6 +238,23 @@ def tiny_demonstration(problem: Problem, rng: random.Random) -> str:
 
 # ----- 1. Generate completions: o_1 .. o_G ~ pi_old(. | q) -----
 
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token for each row from softmax(logits / temperature), the whole vocabulary, no top-k or top-p.
+
+    Args: logits (rows, V); uniforms (rows,), random numbers in [0, 1); temperature 0 takes the most probable token.
+    Returns: tokens and their log-probabilities in nats, both (rows,).
+    """
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (rows, V)
+    if temperature == 0:
+        tokens = logp.argmax(-1)                                                            # (rows,)
+    else:
+        # The first token whose cumulative probability exceeds the random number.
+        cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (rows, V)
+        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
+        tokens = tokens.clamp(max=cdf.shape[1] - 1)
+    return tokens, logp.gather(1, tokens[:, None])[:, 0]
+
+
 STOP_TEST_EVERY = 4  # tokens; a test waits for the device, and leaving out finished rows copies the others
 
 
@@ -250,22 +268,23 @@ def generate_completions(
     eos_ids: Tensor,
     share_prompt: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample G completions per prompt from softmax(logits / temperature), the whole vocabulary, no top-k or top-p.
+    """Sample G completions per prompt, token by token, each until an end token or T tokens.
 
     Args:
         prompt_ids, prompt_mask: (B, P), padded on the left; the mask is true on the tokens.
-        uniforms: (B, G, T), a random number in [0, 1) for every token of G completions, T the longest. Drawn in
-            advance, so what a row samples depends neither on the other rows nor on the process that runs it.
-        temperature: 0 takes the most probable token.
+        uniforms: (B, G, T), a random number for every token of G completions, T the longest. Drawn in advance, so
+            what a row samples depends neither on the other rows nor on the process that runs it.
         eos_ids: (E,), every id that ends a completion.
         share_prompt: False runs every row with its own prompt, and finished rows too, to the end.
 
     Returns:
-        completion_ids, completion_mask, logprobs: (N, T), N = B * G, prompt by prompt, T the longest length.
+        completion_ids, completion_mask, logprobs: (N, T), N = B * G, prompt by prompt, T the longest length. The
+            logprobs only check the scoring (`sharing_is_exact`): training scores the tokens again.
     """
     _, group_size, max_new_tokens = uniforms.shape
-    device, double = prompt_ids.device, torch.float32 if prompt_ids.device.type == "mps" else torch.float64
-    uniforms = uniforms.flatten(0, 1).to(device, double)                                    # (N, T)
+    device = prompt_ids.device
+    # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
+    uniforms = uniforms.flatten(0, 1).to(device, torch.float32 if device.type == "mps" else torch.float64)  # (N, T)
     if not share_prompt:
         prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
     position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                                 # padding shifts no position
@@ -279,23 +298,14 @@ def generate_completions(
     reserve(cache, max_new_tokens)
 
     completion_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)           # (N, T)
-    logprobs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)              # (N, T)
+    logprobs = torch.zeros(uniforms.shape, device=device)                                   # (N, T)
     rows = torch.arange(len(uniforms), device=device)                                       # those still in the batch
-    running = torch.ones_like(rows, dtype=torch.bool)
+    running = torch.ones_like(rows, dtype=torch.bool)                                       # (rows,), no end token yet
     visible = torch.cat([prompt_mask, torch.ones_like(completion_ids, dtype=torch.bool)], dim=1).long()  # (N, P + T)
-    next_position = prompt_mask.sum(1)
+    next_position = prompt_mask.sum(1)                                                      # (rows,)
     for t in range(max_new_tokens):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                      # (rows, V)
-        if temperature == 0:
-            tokens = logp.argmax(-1)                                                        # (rows,)
-        else:
-            # The first token whose cumulative probability exceeds the random number.
-            cdf = logp.exp().cumsum(-1, dtype=double)                                       # (rows, V)
-            tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
-            tokens = tokens.clamp(max=cdf.shape[1] - 1)
+        tokens, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)   # (rows,)
         completion_ids[rows, t] = tokens
-        logprobs[rows, t] = logp.gather(1, tokens[:, None])[:, 0]
-
         running = running & ~torch.isin(tokens, eos_ids)
         if t + 1 == max_new_tokens:
             break
@@ -305,16 +315,15 @@ def generate_completions(
             if share_prompt:
                 # Finished rows leave the batch and the cache.
                 kept = running.nonzero()[:, 0]
-                rows, running, tokens, visible, next_position = (
-                    x[kept] for x in (rows, running, tokens, visible, next_position)
-                )
+                left = rows, running, tokens, visible, next_position
+                rows, running, tokens, visible, next_position = (x[kept] for x in left)
                 cache.batch_select_indices(kept)
         seen = visible[:, : prompt_mask.shape[1] + t + 1]                                   # (rows, P + t + 1)
         context = dict(attention_mask=seen, position_ids=next_position[:, None] + t)
         logits = policy(tokens[:, None], **context, past_key_values=cache, use_cache=True).logits[:, -1]
 
     ended = torch.isin(completion_ids, eos_ids)                                             # (N, T)
-    completion_mask = ended.cumsum(1) - ended.long() == 0                                   # through the first end
+    completion_mask = ended.cumsum(1) - ended.long() == 0           # no end token before this one; the rest is not read
     longest = int(completion_mask.sum(1).max())
     columns = completion_ids.where(completion_mask, 0), completion_mask, logprobs.where(completion_mask, 0.0)
     return tuple(x[:, :longest] for x in columns)
@@ -337,66 +346,6 @@ def gathering_weights(function: Callable) -> Callable:
     return call
 
 
-def completion_hidden(
-    backbone: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-) -> Tensor:
-    """The hidden states from which the completion tokens are predicted: the state s_t = (q, o_{<t}) of each token o_t.
-
-    With k = N / B completions per prompt, k > 1, they share a row: [ q | o_1 | ... | o_k | padding ]. Every completion
-    sees the prompt and itself, and takes its positions as if it stood alone, so that the prompt is paid for once.
-
-    Args:
-        backbone: a causal transformer without its output head.
-        prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T).
-
-    Returns:
-        (M, H), the M completion tokens that the mask counts, row by row.
-    """
-    num_prompts, (num_rows, width) = prompt_ids.shape[0], completion_ids.shape
-    share = num_rows // num_prompts                                                         # k
-    device, prompt_lengths = prompt_ids.device, prompt_mask.sum(1, keepdim=True)            # (B, 1)
-    segment = torch.arange(1, share + 1, device=device).repeat_interleave(width)            # 0: prompt, g: completion g
-    segment = torch.cat([torch.zeros_like(prompt_ids), segment.expand(num_prompts, -1)], dim=1)  # (B, P + k T)
-    position = torch.arange(width, device=device).repeat(share) + prompt_lengths            # (B, k T)
-    position = torch.cat([(prompt_mask.cumsum(1) - 1).clamp(min=0), position], dim=1)       # (B, P + k T)
-    ids = torch.cat([prompt_ids, completion_ids.reshape(num_prompts, -1)], dim=1)              # (B, P + k T)
-    mask = torch.cat([prompt_mask, completion_mask.reshape(num_prompts, -1)], dim=1)           # (B, P + k T)
-
-    # Close the gaps: tokens first, in their order, padding last. L is the longest row.
-    order = (~mask).byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]         # (B, L)
-    ids, mask, segment, position = (x.gather(1, order) for x in (ids, mask, segment, position))
-    if share == 1:
-        attention_mask = mask.long()                                                        # the model's own mask
-    else:
-        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (B, query L, key L)
-        visible = (visible & torch.ones_like(visible[0]).tril())[:, None]                   # (B, 1, L, L)
-        # Additive, because gemma2's eager attention adds a boolean mask as 0 and 1.
-        lowest = torch.finfo(backbone.dtype).min
-        attention_mask = torch.zeros(visible.shape, dtype=backbone.dtype, device=device).masked_fill(~visible, lowest)
-    hidden = backbone(ids, attention_mask=attention_mask, position_ids=position, use_cache=False).last_hidden_state
-
-    # Token o_t is predicted one place before it; the first one at the end of the prompt.
-    before = torch.arange(ids.shape[1], device=device).expand_as(ids) - 1                   # (B, L)
-    before = torch.where(position == prompt_lengths, prompt_lengths - 1, before)
-    row, column = (mask & (segment > 0)).nonzero(as_tuple=True)                             # (M,), (M,)
-    # index_select, because the backward of plain indexing adds in any order: a resumed run would end in other bits.
-    return hidden.flatten(0, 1).index_select(0, row * ids.shape[1] + before[row, column])   # (M, H)
-
-
-def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
-    """(M, H) -> (M, V), with the scalings that some model families apply at the head."""
-    config = policy.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    logits = policy.get_output_embeddings()(hidden * scale)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
-# (tokens, V) entries of the float32 log-softmax at once: half a gigabyte on an accelerator. On a CPU 64 MB, which
-# malloc gives back to the system; pieces of less than 32 MB would leave holes in the heap as large as all of them.
-LOGITS_AT_ONCE = {"cuda": 2**27, "mps": 2**27, "cpu": 2**24}
-
-
 @gathering_weights
 def completion_logprobs(
     policy: nn.Module,
@@ -409,14 +358,18 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding.
 
-    Args: as for `completion_hidden`; temperature is the one that sampled; entropy_grad lets the entropy be trained.
+    Args:
+        prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T), N / B completions per prompt.
+        temperature: the one that sampled.
+        entropy_grad: lets the entropy be trained.
     """
+    # One hidden state for each of the M tokens that count: of the place before it, from which it is predicted.
     hidden = completion_hidden(policy.base_model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # (M, H)
     tokens = completion_ids[completion_mask]                                                # (M,)
 
     def score(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         logits = output_logits(policy, hidden)                                              # (m, V)
-        wide = torch.promote_types(logits.dtype, torch.float32)  # at -8 nats, bfloat16 moves in steps of 0.03
+        wide = torch.promote_types(logits.dtype, torch.float32)  # at -6 nats, bfloat16 moves in steps of 0.03
         logits = logits if temperature == 1 else logits.to(wide) / temperature  # a division by 1 would copy them
         logp = logits.log_softmax(-1, dtype=wide)                                           # (m, V)
         logprobs = logp.gather(1, tokens[:, None])[:, 0]                                    # (m,)
@@ -437,7 +390,8 @@ def completion_logprobs(
     return zeros.masked_scatter(completion_mask, logprobs), zeros.masked_scatter(completion_mask, entropy)
 
 
-# ----- 3. and 4. The KL and the loss: DeepSeekMath Eq. 3 -----
+# ----- 2. The advantage: group_advantages and process_advantages in advantage.py -----
+# ----- 3. and 4. The KL (kl_estimate in kl.py) and the loss: DeepSeekMath Eq. 3 -----
 
 
 def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int) -> Tensor:
@@ -446,7 +400,7 @@ def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int
     Computed for the whole batch and only then cut into micro-batches, whose losses and gradients therefore add up to
     those of the batch, however it is cut.
 
-        "sequence"  1/N 1/|o_i|                 every completion counts the same (DeepSeekMath Eq. 3)
+        "sequence"  1/N 1/|o_i|                 every completion counts the same (DeepSeekMath Eqs. 1 and 3)
         "token"     1 / sum_i |o_i|             every token counts the same, so long completions count more (DAPO Eq. 8)
         "constant"  1 / (N max_new_tokens)      a constant instead of |o_i|: no bias by length (Dr. GRPO)
     """
@@ -486,9 +440,10 @@ def grpo_loss(
     Returns:
         the loss, a scalar, and for the curves ratio, clip_frac, kl and approx_kl, each (N, T) without gradient.
     """
-    if ratio_level not in ("token", "sequence") or not logprobs.shape == advantages.shape == completion_mask.shape:
-        raise ValueError(f"all tensors must be (N, T) and ratio_level token or sequence, got {ratio_level!r}, "
-                         f"logprobs {tuple(logprobs.shape)} and advantages {tuple(advantages.shape)}")
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=completion_mask)
+    check_shapes(logprobs=logprobs, ref_logprobs=logprobs if ref_logprobs is None else ref_logprobs, weights=weights)
+    if ratio_level not in ("token", "sequence"):
+        raise ValueError(f"ratio_level must be one of token, sequence, got {ratio_level!r}")
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (N, T)
@@ -508,15 +463,14 @@ def grpo_loss(
     if ref_logprobs is not None:
         kl = kl_estimate(logprobs.where(completion_mask, 0.0), ref_logprobs.where(completion_mask, 0.0), kl_estimator)
         if kl_importance_weight:
-            kl = token_ratio * kl                                                           # DeepSeek-V3.2
-        objective = objective - beta * kl if beta else objective                            # (N, T)
+            kl = token_ratio * kl  # DeepSeek-V3.2: its gradient is then that of KL[pi_theta, pi_ref], see kl.py
+        if beta:  # else the KL is a curve only
+            objective = objective - beta * kl                                               # (N, T)
 
     loss = -(objective * weights).sum()                                                     # scalar, -J
-    approx_kl = kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3")                   # of KL[pi_old, pi_theta]
+    approx_kl = torch.expm1(log_ratio) - log_ratio      # (N, T), k3 of KL[pi_old, pi_theta]: pi_old sampled the tokens
     curves = {"ratio": ratio, "clip_frac": (clipped < unclipped).float(), "kl": kl, "approx_kl": approx_kl}
     return loss, {name: value.detach() for name, value in curves.items()}
-
-
 
 
 # ----- The loop: DeepSeekMath Algorithm 1 -----
@@ -536,17 +490,15 @@ def train(args: Args) -> Path:
     share_prompt = args.share_prompt and sharing_is_exact(policy, sampler, problems, args, run)
     prepare(policy, args.gradient_checkpointing)
     prepare(ref_policy)
+    # Differs: a constant learning rate, and `optimizer_step` clips the gradient's norm.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    # What a checkpoint holds. A reference that never changes is the --model itself.
-    state = {"policy": policy, "optimizer": (policy, optimizer)}
-    state |= {"ref_policy": ref_policy} if ref_policy and args.ref_refresh_every else {}
-    run.load_checkpoint(tokenizer, state)
+    run.load_checkpoint(tokenizer, {  # and say what a checkpoint holds
+        "policy": policy, "optimizer": (policy, optimizer),
+        "ref_policy": ref_policy if args.ref_refresh_every else None,  # one that never changes is the --model itself
+    })
     refresh_sampler(sampler, policy)
     single_update = args.update_epochs * args.num_minibatches == 1
-
-    def evaluation() -> dict[str, float]:
-        return evaluate(sampler, tokenizer, held_out, eos_ids, args, share_prompt, run)
-
+    evaluation = functools.partial(evaluate, sampler, tokenizer, held_out, eos_ids, args, share_prompt, run)
     run.begin(problems, held_out, evaluation)
     for step in run.steps():
         generator = seed_step(args.seed, step)
@@ -555,10 +507,10 @@ def train(args: Args) -> Path:
             ref_policy.load_state_dict(policy.state_dict())                                 # pi_ref <- pi_theta
 
         # ---- 1. Generate G completions per prompt: the policy as it is now is pi_old ----
-        batch = next_problems(problems, step, args.num_prompts, args.seed)
+        batch = next_problems(problems, step, args.num_prompts, args.seed)                  # B pairs (ids, answer)
         prompt_ids, prompt_mask = pad_prompts([ids for ids, _ in batch], run.device)        # (B, P)
-        uniforms = args.num_prompts, args.group_size, args.max_new_tokens
-        uniforms = torch.rand(uniforms, dtype=torch.float64, generator=generator)           # (B, G, T)
+        size = args.num_prompts, args.group_size, args.max_new_tokens
+        uniforms = torch.rand(size, dtype=torch.float64, generator=generator)               # (B, G, T)
         # With several processes, each samples its share of the prompts, and then all have all the completions.
         completion_ids, completion_mask, _ = gather(*generate_completions(
             sampler, *share(prompt_ids, prompt_mask, uniforms), args.temperature, eos_ids, share_prompt
@@ -570,28 +522,26 @@ def train(args: Args) -> Path:
         run.lap("time/sample")
 
         # ---- The same tokens under pi_ref and pi_old, without gradient ----
-        # Differs: pi_old is scored here, as pi_theta will be, not taken from the sampler: the first ratio is exactly 1.
         # Without a KL, a group of equal rewards teaches nothing: its advantages are 0 and so is its gradient.
         teaches = (rewards.amax(1) > rewards.amin(1)) | (args.beta > 0) | args.process_supervision  # (B,)
+        # Minibatches, one update each, of micro-batches (prompts, rows): indices into the B prompts and N completions.
         minibatches = split_batch(
             prompt_mask, completion_mask, teaches, args.num_minibatches, args.micro_batch_tokens, share_prompt,
             generator,
         )
-
-        old_logprobs = torch.zeros(completion_ids.shape, device=run.device)                 # (N, T)
-        ref_logprobs = torch.zeros(completion_ids.shape, device=run.device)                 # (N, T)
+        # Differs: pi_old is never the sampler's. With one update per step it is pi_theta itself, else it is scored here
+        # by the forward pass of the update: the first ratio is exactly 1.
+        old_logprobs = ref_logprobs = None
+        tokens = prompt_ids, prompt_mask, completion_ids, completion_mask
         with torch.no_grad(), run.autocast():
-            for prompts, rows in share([*itertools.chain(*minibatches)]):
-                inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
-                if ref_policy:
-                    ref_logprobs[rows] = completion_logprobs(ref_policy, *inputs, args.temperature)[0]
-                if not single_update or args.kl_placement == "reward":
-                    old_logprobs[rows] = completion_logprobs(policy, *inputs, args.temperature)[0]
-        add_up(old_logprobs, ref_logprobs)                                                  # of all processes
+            if not single_update or args.kl_placement == "reward":
+                old_logprobs = score_batch(completion_logprobs, policy, minibatches, tokens, args.temperature)  # (N, T)
+            if ref_policy:
+                ref_logprobs = score_batch(completion_logprobs, ref_policy, minibatches, tokens, args.temperature)
 
         # ---- 2. The group-relative advantage: how much better than its group was each completion? ----
         penalised = rewards                                                                 # (B, G)
-        if args.kl_placement == "reward":
+        if args.kl_placement == "reward" and ref_policy:
             # Eq. 3 has the KL in the loss. Here it is in the reward as in PPO for RLHF, summed over the completion.
             kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)                 # (N, T)
             penalised = rewards - args.beta * kl.sum(1).view_as(rewards)                    # (B, G)
@@ -605,7 +555,8 @@ def train(args: Args) -> Path:
 
         # ---- 3. and 4. The KL, the loss and the update, mu times ----
         trained_mask = completion_mask & ~truncated[:, None] if args.mask_truncated else completion_mask
-        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls.
+        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls; and these hold a
+        # num_minibatches-th of the weight each.
         weights = args.num_minibatches * loss_weights(trained_mask, args.loss_average, args.max_new_tokens)  # (N, T)
         curves = Curves()
         for _ in range(args.update_epochs):
@@ -616,23 +567,18 @@ def train(args: Args) -> Path:
                         logprobs, entropy = completion_logprobs(policy, *inputs, args.temperature)  # (rows, T), twice
                     loss, per_token = grpo_loss(
                         logprobs,
-                        # With one update per step pi_theta still is pi_old: the ratio is exactly 1.
                         logprobs.detach() if single_update else old_logprobs[rows],
                         ref_logprobs[rows] if ref_policy else None,
-                        advantages[rows],
-                        trained_mask[rows],
-                        weights[rows],
+                        advantages[rows], trained_mask[rows], weights[rows],
                         beta=args.beta if args.kl_placement == "loss" else 0.0,
-                        clip_eps=args.clip_eps,
-                        clip_eps_high=args.clip_eps_high,
-                        ratio_level=args.ratio_level,
-                        kl_estimator=args.kl_estimator,
-                        kl_importance_weight=args.kl_importance_weight,
+                        clip_eps=args.clip_eps, clip_eps_high=args.clip_eps_high, ratio_level=args.ratio_level,
+                        kl_estimator=args.kl_estimator, kl_importance_weight=args.kl_importance_weight,
                     )
                     loss.backward()
                     curves.add(loss, trained_mask[rows], entropy=entropy, **per_token)
-                if minibatch:
-                    curves.update(optimizer_step(policy, optimizer, args.max_grad_norm))
+                if minibatch:  # empty where no group teaches
+                    grad_norm = optimizer_step(policy, optimizer, args.max_grad_norm)       # ascend J
+                    curves.update(grad_norm)
         refresh_sampler(sampler, policy)
         run.lap("time/update")
 
@@ -701,7 +647,7 @@ def complete_args(args: Args) -> Args:
 # ----- Problems and prompts -----
 
 
-def load_problems(args: Args) -> tuple[list, list]:
+def load_problems(args: Args) -> tuple[list[tuple[list[int], str]], ...]:
     """The training and the held-out problems, each a list of (prompt ids, answer)."""
     if args.model == "tiny":
         problems = tiny_problems()
@@ -862,7 +808,78 @@ def evaluate(
     return {name: value / len(problems) for name, value in found.items()}
 
 
+# ----- Packing: the completions of a prompt in one row with it -----
+
+
+def completion_hidden(
+    backbone: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """The hidden states from which the completion tokens are predicted: the state s_t = (q, o_{<t}) of each token o_t.
+
+    With k = N / B completions per prompt, k > 1, they share a row: [ q | o_1 | ... | o_k | padding ]. Every completion
+    sees the prompt and itself, and takes its positions as if it stood alone, so that the prompt is paid for once.
+
+    Args:
+        backbone: a causal transformer without its output head.
+        prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T).
+
+    Returns:
+        (M, H), the M completion tokens that the mask counts, row by row.
+    """
+    num_prompts, (num_rows, width) = prompt_ids.shape[0], completion_ids.shape
+    k = num_rows // num_prompts
+    device, prompt_lengths = prompt_ids.device, prompt_mask.sum(1, keepdim=True)            # (B, 1)
+    segment = torch.arange(1, k + 1, device=device).repeat_interleave(width)            # 0: prompt, g: completion g
+    segment = torch.cat([torch.zeros_like(prompt_ids), segment.expand(num_prompts, -1)], dim=1)  # (B, P + k T)
+    position = torch.arange(width, device=device).repeat(k) + prompt_lengths                # (B, k T)
+    position = torch.cat([(prompt_mask.cumsum(1) - 1).clamp(min=0), position], dim=1)       # (B, P + k T)
+    ids = torch.cat([prompt_ids, completion_ids.reshape(num_prompts, -1)], dim=1)           # (B, P + k T)
+    mask = torch.cat([prompt_mask, completion_mask.reshape(num_prompts, -1)], dim=1)        # (B, P + k T)
+
+    # Close the gaps: tokens first, in their order, padding last. L is the longest row.
+    order = (~mask).byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]         # (B, L)
+    ids, mask, segment, position = (x.gather(1, order) for x in (ids, mask, segment, position))
+    if k == 1:
+        attention_mask = mask.long()                                                        # the model's own mask
+    else:
+        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (B, query L, key L)
+        # The padding stands last, so the triangle hides it from every token.
+        visible = (visible & torch.ones_like(visible[0]).tril())[:, None]                   # (B, 1, L, L)
+        # Additive, because gemma2's eager attention adds a boolean mask as 0 and 1.
+        lowest = torch.finfo(backbone.dtype).min
+        attention_mask = torch.zeros(visible.shape, dtype=backbone.dtype, device=device).masked_fill(~visible, lowest)
+    hidden = backbone(ids, attention_mask=attention_mask, position_ids=position, use_cache=False).last_hidden_state
+
+    # Token o_t is predicted one place before it; the first one at the end of the prompt.
+    before = torch.arange(ids.shape[1], device=device).expand_as(ids) - 1                   # (B, L)
+    before = torch.where(position == prompt_lengths, prompt_lengths - 1, before)
+    row, column = (mask & (segment > 0)).nonzero(as_tuple=True)                             # (M,), (M,)
+    # index_select, because the backward of plain indexing adds in any order: a resumed run would end in other bits.
+    return hidden.flatten(0, 1).index_select(0, row * ids.shape[1] + before[row, column])   # (M, H)
+
+
+def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
+    """(M, H) -> (M, V), with the scalings that some model families apply at the head."""
+    config = policy.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    logits = policy.get_output_embeddings()(hidden * scale)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+# (tokens, V) entries of the float32 log-softmax at once: half a gigabyte on an accelerator. On a CPU 64 MB, which
+# malloc gives back to the system; pieces of less than 32 MB would leave holes in the heap as large as all of them.
+LOGITS_AT_ONCE = {"cuda": 2**27, "mps": 2**27, "cpu": 2**24}
+
+
 # ----- Cutting the batch, and the optimizer step -----
+
+
+def check_shapes(**tensors: Tensor) -> None:
+    """All of one shape (N, T): broadcasting would be silently wrong."""
+    if len({x.shape for x in tensors.values()}) > 1 or any(x.dim() != 2 for x in tensors.values()):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"all tensors must be (N, T), got {shapes}")
 
 MAX_ROW_TOKENS = 2048  # the longest packed row: attention within a row costs the square of its length
 
@@ -884,14 +901,14 @@ def split_batch(
     """
     (num_rows, width), group_size = completion_mask.shape, len(completion_mask) // len(prompt_mask)
     longest = MAX_ROW_TOKENS if share_prompt else 0
-    fits = [k for k in range(1, group_size + 1) if group_size % k == 0 and prompt_mask.shape[1] + k * width <= longest]
-    share = max(fits, default=1)                                                            # k
-    packs = group_size // share                                                             # packed rows per prompt
+    fits = [n for n in range(1, group_size + 1) if group_size % n == 0 and prompt_mask.shape[1] + n * width <= longest]
+    k = max(fits, default=1)
+    packs = group_size // k                                                                 # packed rows per prompt
     prompt_tokens, completion_tokens = prompt_mask.sum(1).cpu(), completion_mask.sum(1).cpu()
-    tokens = prompt_tokens.repeat_interleave(packs) + completion_tokens.reshape(-1, share).sum(1)  # (B packs,)
+    tokens = prompt_tokens.repeat_interleave(packs) + completion_tokens.reshape(-1, k).sum(1)  # (B packs,)
     teaches = teaches.cpu().repeat_interleave(packs)                                        # (B packs,)
     minibatches, (_, processes) = [], world()
-    for packed in torch.randperm(num_rows // share, generator=generator).chunk(num_minibatches):
+    for packed in torch.randperm(num_rows // k, generator=generator).chunk(num_minibatches):
         if not teaches[packed].any():
             minibatches.append([])
             continue
@@ -911,9 +928,23 @@ def split_batch(
         while len(cuts) > wanted:
             cuts[-2:] = [torch.cat(cuts[-2:])]
         cuts = [cut for rank in range(processes) for cut in cuts[rank::processes]]  # the long rows on all of them
-        rows = [(cut[:, None] * share + torch.arange(share)).flatten() for cut in cuts]     # (size k,) each
+        rows = [(cut[:, None] * k + torch.arange(k)).flatten() for cut in cuts]     # (size k,) each
         minibatches.append([(cut // packs, row) for cut, row in zip(cuts, rows, strict=True)])
     return minibatches
+
+
+def score_batch(
+    score: Callable, model: nn.Module, minibatches: list, tokens: tuple[Tensor, ...], *options: object
+) -> Tensor:
+    """`completion_logprobs` or `completion_values` of the whole batch: (N, T), 0 where no micro-batch is. On the
+    micro-batches of the update, so that it finds the same numbers there."""
+    prompt_ids, prompt_mask, completion_ids, completion_mask = tokens
+    found = torch.zeros(completion_ids.shape, device=completion_ids.device)
+    for prompts, rows in share([*itertools.chain(*minibatches)]):
+        inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
+        scores = score(model, *inputs, *options)
+        found[rows] = scores[0] if isinstance(scores, tuple) else scores  # not the entropy
+    return add_up(found)  # of all processes
 
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
@@ -1032,7 +1063,6 @@ def tiny_policy() -> Path:
         schedule.step()
     save_model(folder, model, tokenizer)
     return folder
-
 
 
 def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args: Args, run: "Run") -> bool:
@@ -1314,7 +1344,7 @@ class Run:
 
     def load_checkpoint(self, tokenizer: PreTrainedTokenizerFast, state: dict[str, object]) -> None:
         """Remember what a checkpoint holds, by name, and load the one that --resume names, if any."""
-        self.tokenizer, self.state = tokenizer, state
+        self.tokenizer, self.state = tokenizer, {name: part for name, part in state.items() if part is not None}
         auto = self.args.resume == "auto"
         folders = self.checkpoints() if auto else [Path(self.args.resume or "")]
         for folder in folders if self.args.resume else []:
@@ -1330,7 +1360,7 @@ class Run:
                 continue
             if changed:
                 raise UserError(f"{folder} is of a run with other arguments: {', '.join(changed)}")
-            for name, part in state.items():
+            for name, part in self.state.items():
                 load_full_state(part, weights if name == "policy" else saved[name])
             self.step, self.before = saved["step"], saved["before"]
             self.say(f"going on from {folder}")

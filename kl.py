@@ -7,12 +7,15 @@
     PenaltyKL     PPO (arXiv 1707.06347) section 4: a beta that doubles or halves
 
 A good estimator is not a good loss. For completions sampled from the policy itself, the expected gradient is
-    k1 in the reward    of KL[policy, reference]      exact, also over whole sequences (InstructGPT Eq. 2)
-    k3 in the reward    of KL[policy, reference] - KL[reference, policy]: 0 to first order, it hardly pulls; so does k2
+    k1 in the reward    of KL[policy, reference]      exact over whole completions where every token answers for all
+                                                      that follow (gamma = lambda = 1) and tokens are summed
+    k3 in the reward    of KL[policy, reference] - KL[reference, policy]: 0 to first order, it hardly pulls
+    k2 in the reward    0 to first order              it hardly pulls either
     k1 in the loss      0                             it does nothing
     k2 in the loss      of KL[policy, reference]      token by token
-    k3 in the loss      of KL[reference, policy]      another direction, equal to first order near the reference
-    w * k1 or w * k3    of KL[policy, reference]      w = ratio pi_new/pi_old, not detached (DeepSeek-V3.2)
+    k3 in the loss      of KL[reference, policy]      token by token; equal to first order near the reference
+    w * k1, w * k3      of KL[policy, reference]      token by token, in the loss, for completions of pi_old too;
+                                                      w = pi_theta / pi_old carries gradient (DeepSeek-V3.2)
 """
 
 import torch

@@ -20,10 +20,10 @@ it are held to account for too. Advantage and KL still pull against each other, 
     symbol       name in the code    shape     meaning
     G, K         group_size, update_epochs     completions per prompt; passes over them per step
     q            prompt_ids          (B, P)    B prompts of at most P tokens, padded on the left
-    a_t, o_t     completion_ids      (N, T)    N = B * G completions of at most T tokens, padded on the right
+    a_t, o_t     completion_ids      (N, T)    N = B * G completions, padded on the right to the step's longest
     |o|          completion_mask     (N, T)    true through the end token, by length: the end token is trained too
     r_phi        rewards             (B, G)    what the task pays for a completion
-    r_t          token_rewards       (N, T)    -beta log(pi_theta / pi_ref), plus r_phi on the last token
+    r_t          r_t                 (N, T)    token_rewards: -beta log(pi_old / pi_ref), plus r_phi on the last token
     V(s_t)       values              (N, T)    what the value model expects from s_t on, in units of reward
     A_t          advantages          (N, T)    how much better a_t was than V(s_t) foretold
     V_t^targ     returns             (N, T)    A_t + V(s_t), before the advantages are whitened
@@ -31,12 +31,14 @@ it are held to account for too. Advantage and KL still pull against each other, 
     pi_old       old_logprobs        (N, T)    the same under the weights that sampled
     pi_ref       ref_logprobs        (N, T)    the same under the reference policy, frozen
     r_t(theta)   ratio               (N, T)    pi_theta / pi_old (the PPO paper calls ratio and reward r_t)
+    1/G 1/|o|    weights             (N, T)    what a token weighs in the losses
     eps, beta    clip_eps, beta      scalar    clip range of the ratio; weight of the KL
 
 Differs from the papers, each marked "Differs" where it happens: the value model shares no parameter with the policy,
 so Eq. 9 falls into two losses, each with its own AdamW, and needs no c_1; the value loss has the 1/2 and the clipping
-of Ziegler et al.'s code; minibatches are kept for all epochs, so that pi_old is scored on the micro-batches of the
-update and the first ratio is exactly 1; the learning rate is constant, the gradient is clipped by its norm.
+of Ziegler et al.'s code; the value model trains alone in the first steps; minibatches are kept for all epochs, so that
+pi_old is scored on the micro-batches of the update and the first ratio is exactly 1; the learning rate is constant, the
+gradient is clipped by its norm; advantages are whitened; a truncated completion counts as ended (advantage.py).
 
     python ppo.py                                      a tiny model learns two-digit addition, no download
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl
@@ -123,7 +125,7 @@ class Args:
     value_warmup_steps: int = 5
     """first steps that train the value model only: it starts at 0, and foretells nothing until it has seen rewards"""
     value_clip_eps: float = 0.2
-    """the value moves at most this far from its old one within a step, in units of reward (Ziegler et al.'s code)"""
+    """further than this from its old value, a value gains nothing; in units of reward (Ziegler et al.'s code)"""
     gamma: float = 1.0
     """discount per token (GAE Eq. 16); 1: none (InstructGPT)"""
     gae_lambda: float = 0.95
@@ -236,6 +238,23 @@ def tiny_demonstration(problem: Problem, rng: random.Random) -> str:
 # ----- 1. Generate completions: o_1 .. o_G ~ pi_old(. | q) -----
 
 
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token for each row from softmax(logits / temperature), the whole vocabulary, no top-k or top-p.
+
+    Args: logits (rows, V); uniforms (rows,), random numbers in [0, 1); temperature 0 takes the most probable token.
+    Returns: tokens and their log-probabilities in nats, both (rows,).
+    """
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (rows, V)
+    if temperature == 0:
+        tokens = logp.argmax(-1)                                                            # (rows,)
+    else:
+        # The first token whose cumulative probability exceeds the random number.
+        cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (rows, V)
+        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
+        tokens = tokens.clamp(max=cdf.shape[1] - 1)
+    return tokens, logp.gather(1, tokens[:, None])[:, 0]
+
+
 STOP_TEST_EVERY = 4  # tokens; a test waits for the device, and leaving out finished rows copies the others
 
 
@@ -249,22 +268,23 @@ def generate_completions(
     eos_ids: Tensor,
     share_prompt: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample G completions per prompt from softmax(logits / temperature), the whole vocabulary, no top-k or top-p.
+    """Sample G completions per prompt, token by token, each until an end token or T tokens.
 
     Args:
         prompt_ids, prompt_mask: (B, P), padded on the left; the mask is true on the tokens.
-        uniforms: (B, G, T), a random number in [0, 1) for every token of G completions, T the longest. Drawn in
-            advance, so what a row samples depends neither on the other rows nor on the process that runs it.
-        temperature: 0 takes the most probable token.
+        uniforms: (B, G, T), a random number for every token of G completions, T the longest. Drawn in advance, so
+            what a row samples depends neither on the other rows nor on the process that runs it.
         eos_ids: (E,), every id that ends a completion.
         share_prompt: False runs every row with its own prompt, and finished rows too, to the end.
 
     Returns:
-        completion_ids, completion_mask, logprobs: (N, T), N = B * G, prompt by prompt, T the longest length.
+        completion_ids, completion_mask, logprobs: (N, T), N = B * G, prompt by prompt, T the longest length. The
+            logprobs only check the scoring (`sharing_is_exact`): training scores the tokens again.
     """
     _, group_size, max_new_tokens = uniforms.shape
-    device, double = prompt_ids.device, torch.float32 if prompt_ids.device.type == "mps" else torch.float64
-    uniforms = uniforms.flatten(0, 1).to(device, double)                                    # (N, T)
+    device = prompt_ids.device
+    # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
+    uniforms = uniforms.flatten(0, 1).to(device, torch.float32 if device.type == "mps" else torch.float64)  # (N, T)
     if not share_prompt:
         prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
     position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                                 # padding shifts no position
@@ -278,23 +298,14 @@ def generate_completions(
     reserve(cache, max_new_tokens)
 
     completion_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)           # (N, T)
-    logprobs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)              # (N, T)
+    logprobs = torch.zeros(uniforms.shape, device=device)                                   # (N, T)
     rows = torch.arange(len(uniforms), device=device)                                       # those still in the batch
-    running = torch.ones_like(rows, dtype=torch.bool)
+    running = torch.ones_like(rows, dtype=torch.bool)                                       # (rows,), no end token yet
     visible = torch.cat([prompt_mask, torch.ones_like(completion_ids, dtype=torch.bool)], dim=1).long()  # (N, P + T)
-    next_position = prompt_mask.sum(1)
+    next_position = prompt_mask.sum(1)                                                      # (rows,)
     for t in range(max_new_tokens):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                      # (rows, V)
-        if temperature == 0:
-            tokens = logp.argmax(-1)                                                        # (rows,)
-        else:
-            # The first token whose cumulative probability exceeds the random number.
-            cdf = logp.exp().cumsum(-1, dtype=double)                                       # (rows, V)
-            tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
-            tokens = tokens.clamp(max=cdf.shape[1] - 1)
+        tokens, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)   # (rows,)
         completion_ids[rows, t] = tokens
-        logprobs[rows, t] = logp.gather(1, tokens[:, None])[:, 0]
-
         running = running & ~torch.isin(tokens, eos_ids)
         if t + 1 == max_new_tokens:
             break
@@ -304,16 +315,15 @@ def generate_completions(
             if share_prompt:
                 # Finished rows leave the batch and the cache.
                 kept = running.nonzero()[:, 0]
-                rows, running, tokens, visible, next_position = (
-                    x[kept] for x in (rows, running, tokens, visible, next_position)
-                )
+                left = rows, running, tokens, visible, next_position
+                rows, running, tokens, visible, next_position = (x[kept] for x in left)
                 cache.batch_select_indices(kept)
         seen = visible[:, : prompt_mask.shape[1] + t + 1]                                   # (rows, P + t + 1)
         context = dict(attention_mask=seen, position_ids=next_position[:, None] + t)
         logits = policy(tokens[:, None], **context, past_key_values=cache, use_cache=True).logits[:, -1]
 
     ended = torch.isin(completion_ids, eos_ids)                                             # (N, T)
-    completion_mask = ended.cumsum(1) - ended.long() == 0                                   # through the first end
+    completion_mask = ended.cumsum(1) - ended.long() == 0           # no end token before this one; the rest is not read
     longest = int(completion_mask.sum(1).max())
     columns = completion_ids.where(completion_mask, 0), completion_mask, logprobs.where(completion_mask, 0.0)
     return tuple(x[:, :longest] for x in columns)
@@ -336,66 +346,6 @@ def gathering_weights(function: Callable) -> Callable:
     return call
 
 
-def completion_hidden(
-    backbone: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-) -> Tensor:
-    """The hidden states from which the completion tokens are predicted: the state s_t = (q, o_{<t}) of each token o_t.
-
-    With k = N / B completions per prompt, k > 1, they share a row: [ q | o_1 | ... | o_k | padding ]. Every completion
-    sees the prompt and itself, and takes its positions as if it stood alone, so that the prompt is paid for once.
-
-    Args:
-        backbone: a causal transformer without its output head.
-        prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T).
-
-    Returns:
-        (M, H), the M completion tokens that the mask counts, row by row.
-    """
-    num_prompts, (num_rows, width) = prompt_ids.shape[0], completion_ids.shape
-    share = num_rows // num_prompts                                                         # k
-    device, prompt_lengths = prompt_ids.device, prompt_mask.sum(1, keepdim=True)            # (B, 1)
-    segment = torch.arange(1, share + 1, device=device).repeat_interleave(width)            # 0: prompt, g: completion g
-    segment = torch.cat([torch.zeros_like(prompt_ids), segment.expand(num_prompts, -1)], dim=1)  # (B, P + k T)
-    position = torch.arange(width, device=device).repeat(share) + prompt_lengths            # (B, k T)
-    position = torch.cat([(prompt_mask.cumsum(1) - 1).clamp(min=0), position], dim=1)       # (B, P + k T)
-    ids = torch.cat([prompt_ids, completion_ids.reshape(num_prompts, -1)], dim=1)              # (B, P + k T)
-    mask = torch.cat([prompt_mask, completion_mask.reshape(num_prompts, -1)], dim=1)           # (B, P + k T)
-
-    # Close the gaps: tokens first, in their order, padding last. L is the longest row.
-    order = (~mask).byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]         # (B, L)
-    ids, mask, segment, position = (x.gather(1, order) for x in (ids, mask, segment, position))
-    if share == 1:
-        attention_mask = mask.long()                                                        # the model's own mask
-    else:
-        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (B, query L, key L)
-        visible = (visible & torch.ones_like(visible[0]).tril())[:, None]                   # (B, 1, L, L)
-        # Additive, because gemma2's eager attention adds a boolean mask as 0 and 1.
-        lowest = torch.finfo(backbone.dtype).min
-        attention_mask = torch.zeros(visible.shape, dtype=backbone.dtype, device=device).masked_fill(~visible, lowest)
-    hidden = backbone(ids, attention_mask=attention_mask, position_ids=position, use_cache=False).last_hidden_state
-
-    # Token o_t is predicted one place before it; the first one at the end of the prompt.
-    before = torch.arange(ids.shape[1], device=device).expand_as(ids) - 1                   # (B, L)
-    before = torch.where(position == prompt_lengths, prompt_lengths - 1, before)
-    row, column = (mask & (segment > 0)).nonzero(as_tuple=True)                             # (M,), (M,)
-    # index_select, because the backward of plain indexing adds in any order: a resumed run would end in other bits.
-    return hidden.flatten(0, 1).index_select(0, row * ids.shape[1] + before[row, column])   # (M, H)
-
-
-def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
-    """(M, H) -> (M, V), with the scalings that some model families apply at the head."""
-    config = policy.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    logits = policy.get_output_embeddings()(hidden * scale)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
-# (tokens, V) entries of the float32 log-softmax at once: half a gigabyte on an accelerator. On a CPU 64 MB, which
-# malloc gives back to the system; pieces of less than 32 MB would leave holes in the heap as large as all of them.
-LOGITS_AT_ONCE = {"cuda": 2**27, "mps": 2**27, "cpu": 2**24}
-
-
 @gathering_weights
 def completion_logprobs(
     policy: nn.Module,
@@ -408,14 +358,18 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding.
 
-    Args: as for `completion_hidden`; temperature is the one that sampled; entropy_grad lets the entropy be trained.
+    Args:
+        prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T), N / B completions per prompt.
+        temperature: the one that sampled.
+        entropy_grad: lets the entropy be trained.
     """
+    # One hidden state for each of the M tokens that count: of the place before it, from which it is predicted.
     hidden = completion_hidden(policy.base_model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # (M, H)
     tokens = completion_ids[completion_mask]                                                # (M,)
 
     def score(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         logits = output_logits(policy, hidden)                                              # (m, V)
-        wide = torch.promote_types(logits.dtype, torch.float32)  # at -8 nats, bfloat16 moves in steps of 0.03
+        wide = torch.promote_types(logits.dtype, torch.float32)  # at -6 nats, bfloat16 moves in steps of 0.03
         logits = logits if temperature == 1 else logits.to(wide) / temperature  # a division by 1 would copy them
         logp = logits.log_softmax(-1, dtype=wide)                                           # (m, V)
         logprobs = logp.gather(1, tokens[:, None])[:, 0]                                    # (m,)
@@ -482,6 +436,7 @@ def token_rewards(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: fl
     return (scores - beta * kl).where(completion_mask, 0.0).detach()                        # (N, T)
 
 
+# ----- 3. The advantages: gae and whiten in advantage.py -----
 # ----- 4. The losses: PPO Eq. 7, and of the value model -----
 
 
@@ -491,7 +446,7 @@ def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int
     Computed for the whole batch and only then cut into micro-batches, whose losses and gradients therefore add up to
     those of the batch, however it is cut.
 
-        "sequence"  1/N 1/|o_i|                 every completion counts the same (DeepSeekMath Eq. 3)
+        "sequence"  1/N 1/|o_i|                 every completion counts the same (DeepSeekMath Eqs. 1 and 3)
         "token"     1 / sum_i |o_i|             every token counts the same, so long completions count more (DAPO Eq. 8)
         "constant"  1 / (N max_new_tokens)      a constant instead of |o_i|: no bias by length (Dr. GRPO)
     """
@@ -526,16 +481,14 @@ def policy_loss(
     Returns:
         the loss, a scalar, and for the curves ratio, clip_frac and approx_kl, each (N, T) without gradient.
     """
-    if not logprobs.shape == old_logprobs.shape == advantages.shape == completion_mask.shape == weights.shape:
-        raise ValueError(f"all tensors must be (N, T), got logprobs {tuple(logprobs.shape)}, old_logprobs "
-                         f"{tuple(old_logprobs.shape)}, advantages {tuple(advantages.shape)}")
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    check_shapes(logprobs=logprobs, mask=completion_mask, weights=weights)
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (N, T)
     # PPO Eq. 6: r_t = pi_theta / pi_old, the ratio that makes samples of the old policy speak for the new one.
     ratio = log_ratio.exp()                                                                 # (N, T)
-    # The completions are pi_old's, so this is the direction that k3 estimates here: KL[pi_old, pi_theta].
-    approx_kl = kl_estimate(torch.zeros_like(log_ratio), log_ratio, "k3")                   # (N, T), in nats
+    approx_kl = torch.expm1(log_ratio) - log_ratio      # (N, T), k3 of KL[pi_old, pi_theta]: pi_old sampled the tokens
 
     # PPO Eq. 7: the minimum is a pessimistic bound. Past the clip range, nothing more can be gained: gradient 0.
     unclipped = ratio * advantages                                                          # (N, T)
@@ -566,12 +519,11 @@ def value_loss(
     Returns:
         the loss, a scalar, and where the clipping decides, (N, T), as 0 and 1.
     """
-    if not values.shape == old_values.shape == returns.shape == completion_mask.shape == weights.shape:
-        raise ValueError(f"all tensors must be (N, T), got values {tuple(values.shape)}, old_values "
-                         f"{tuple(old_values.shape)}, returns {tuple(returns.shape)}")
+    check_shapes(values=values, old_values=old_values, returns=returns, mask=completion_mask, weights=weights)
     # Differs: PPO Eq. 9 has (V - V^targ)^2. The 1/2 and the clipping are Ziegler et al.'s.
     values, old_values, returns = (x.where(completion_mask, 0.0) for x in (values, old_values, returns))
-    clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)  # (N, T), exactly V inside
+    # V_old + clip(V - V_old, -eps, eps), but V itself, not rounded, where it is inside.
+    clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)  # (N, T)
     errors, clipped_errors = (values - returns).square(), (clipped_values - returns).square()  # (N, T), (N, T)
     loss = (0.5 * torch.maximum(errors, clipped_errors) * weights).sum()                    # scalar
     return loss, (clipped_errors > errors).float().detach()
@@ -595,34 +547,28 @@ def train(args: Args) -> Path:
     prepare(policy, args.gradient_checkpointing)
     prepare(value_model, args.gradient_checkpointing)
     prepare(ref_policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    value_optimizer = torch.optim.AdamW(
-        value_model.parameters(), lr=args.value_learning_rate, weight_decay=0.0, fused=True
-    )
+    # Differs: constant learning rates, and `optimizer_step` clips the gradient's norm.
+    adam = functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
+    optimizer = adam(policy.parameters(), lr=args.learning_rate)
+    value_optimizer = adam(value_model.parameters(), lr=args.value_learning_rate)
     kl_control = AdaptiveKL(args.beta, args.adaptive_kl_target) if args.adaptive_kl_target else None
-    penalty = PenaltyKL(1.0, args.penalty_kl_target) if args.penalty_kl_target else None
-    state = {  # what a checkpoint holds
-        "policy": policy, "optimizer": (policy, optimizer),
-        "value_model": value_model, "value_optimizer": (value_model, value_optimizer),
-    }
-    state |= {"kl_control": kl_control} if kl_control else {}
-    state |= {"penalty": penalty} if penalty else {}
-    run.load_checkpoint(tokenizer, state)
+    penalty = PenaltyKL(1.0, args.penalty_kl_target) if args.penalty_kl_target else None   # PPO 4: any start will do
+    run.load_checkpoint(tokenizer, {  # and say what a checkpoint holds
+        "policy": policy, "optimizer": (policy, optimizer), "value_model": value_model,
+        "value_optimizer": (value_model, value_optimizer), "kl_control": kl_control, "penalty": penalty,
+    })
     refresh_sampler(sampler, policy)
-
-    def evaluation() -> dict[str, float]:
-        return evaluate(sampler, tokenizer, held_out, eos_ids, args, share_prompt, run)
-
+    evaluation = functools.partial(evaluate, sampler, tokenizer, held_out, eos_ids, args, share_prompt, run)
     run.begin(problems, held_out, evaluation)
     for step in run.steps():
         generator = seed_step(args.seed, step)
         beta = kl_control.beta if kl_control else args.beta
 
         # ---- 1. Generate completions: the policy as it is now is pi_old ----
-        batch = next_problems(problems, step, args.num_prompts, args.seed)
+        batch = next_problems(problems, step, args.num_prompts, args.seed)                  # B pairs (ids, answer)
         prompt_ids, prompt_mask = pad_prompts([ids for ids, _ in batch], run.device)        # (B, P)
-        uniforms = args.num_prompts, args.group_size, args.max_new_tokens
-        uniforms = torch.rand(uniforms, dtype=torch.float64, generator=generator)           # (B, G, T)
+        size = args.num_prompts, args.group_size, args.max_new_tokens
+        uniforms = torch.rand(size, dtype=torch.float64, generator=generator)               # (B, G, T)
         # With several processes, each samples its share of the prompts, and then all have all the completions.
         completion_ids, completion_mask, _ = gather(*generate_completions(
             sampler, *share(prompt_ids, prompt_mask, uniforms), args.temperature, eos_ids, share_prompt
@@ -634,38 +580,37 @@ def train(args: Args) -> Path:
         run.lap("time/sample")
 
         # ---- The same tokens under pi_old, pi_ref and the old value model, without gradient ----
-        # Differs: by the function and on the micro-batches of the update, so that before it the ratio is exactly 1.
+        # Minibatches, one update each, of micro-batches (prompts, rows): indices into the B prompts and N completions.
         minibatches = split_batch(
             prompt_mask, completion_mask, torch.ones_like(prompt_mask[:, 0]), args.num_minibatches,
             args.micro_batch_tokens, share_prompt, generator,
         )
-        old_logprobs = torch.zeros(completion_ids.shape, device=run.device)                 # (N, T)
-        ref_logprobs = torch.zeros(completion_ids.shape, device=run.device)                 # (N, T)
-        old_values = torch.zeros(completion_ids.shape, device=run.device)                   # (N, T)
+        # Differs: by the forward pass of the update, not by the sampler, so that before it the ratio is exactly 1.
+        tokens = prompt_ids, prompt_mask, completion_ids, completion_mask
         with torch.no_grad(), run.autocast():
-            for prompts, rows in share([*itertools.chain(*minibatches)]):
-                inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
-                old_values[rows] = completion_values(value_model, *inputs)
-                old_logprobs[rows] = completion_logprobs(policy, *inputs, args.temperature)[0]
-                if ref_policy:
-                    ref_logprobs[rows] = completion_logprobs(ref_policy, *inputs, args.temperature)[0]
-        add_up(old_values, old_logprobs, ref_logprobs)                                      # of all processes
+            old_values = score_batch(completion_values, value_model, minibatches, tokens)   # (N, T)
+            old_logprobs = score_batch(completion_logprobs, policy, minibatches, tokens, args.temperature)  # (N, T)
+            ref_logprobs = old_logprobs  # without a reference the KL is 0
+            if ref_policy:
+                ref_logprobs = score_batch(completion_logprobs, ref_policy, minibatches, tokens, args.temperature)
 
         # ---- 2. The KL from the reference goes into the reward of every token ----
-        kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator) * bool(ref_policy)  # (N, T)
+        # Eq. 2 says pi_theta: the policy that sampled, our pi_old. A reward does not change during the epochs.
+        kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)                     # (N, T)
         reward_beta = beta if args.kl_placement == "reward" else 0.0
-        rewards_t = token_rewards(rewards.flatten(), kl, completion_mask, reward_beta)      # (N, T), r_t
+        r_t = token_rewards(rewards.flatten(), kl, completion_mask, reward_beta)            # (N, T)
         if args.whiten_rewards:
-            rewards_t = whiten(rewards_t, completion_mask, shift_mean=False)
+            r_t = whiten(r_t, completion_mask, shift_mean=False)
 
         # ---- 3. The advantages: how much better than the value model foretold was each token? ----
-        advantages, returns = gae(rewards_t, old_values, completion_mask, args.gamma, args.gae_lambda)  # (N, T)
+        advantages, returns = gae(r_t, old_values, completion_mask, args.gamma, args.gae_lambda)  # (N, T)
         explained = explained_variance(old_values, returns, completion_mask)
         if args.whiten_advantages:
             advantages = whiten(advantages, completion_mask)                                # (N, T)
 
         # ---- 4. The losses and the updates, K epochs ----
-        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls.
+        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls; and these hold a
+        # num_minibatches-th of the weight each.
         weights = args.num_minibatches * loss_weights(completion_mask, args.loss_average, args.max_new_tokens)  # (N, T)
         curves, value_curves = Curves(), Curves()
         for epoch in range(1, args.update_epochs + 1):
@@ -682,7 +627,7 @@ def train(args: Args) -> Path:
                         logprobs, old_logprobs[rows], advantages[rows], mask, weight,
                         args.clip_eps, args.clip_eps_high, penalty.beta if penalty else None,
                     )
-                    values_loss, value_clipped = value_loss(
+                    v_loss, value_clipped = value_loss(
                         values, old_values[rows], returns[rows], mask, weight, args.value_clip_eps
                     )
                     if args.kl_placement == "loss" and ref_policy:
@@ -691,26 +636,24 @@ def train(args: Args) -> Path:
                     if args.entropy_coef:
                         loss = loss - args.entropy_coef * (entropy * weight).sum()          # PPO Eq. 9, c_2 S
                     loss.backward()
-                    values_loss.backward()
+                    v_loss.backward()
                     by_epoch = {f"{name}_epoch_{epoch}": per_token[name] for name in ("clip_frac", "approx_kl")}
                     curves.add(loss, mask, entropy=entropy, **per_token, **by_epoch)
-                    value_curves.add(values_loss, mask, clip_frac=value_clipped)
-                value_curves.update(optimizer_step(value_model, value_optimizer, args.max_grad_norm))
+                    value_curves.add(v_loss, mask, clip_frac=value_clipped)
+                value_norm = optimizer_step(value_model, value_optimizer, args.max_grad_norm)
                 if step < args.value_warmup_steps:
-                    optimizer.zero_grad()
-                curves.update(optimizer_step(policy, optimizer, args.max_grad_norm))
+                    optimizer.zero_grad()  # Differs: first only the value model learns; without a gradient AdamW rests
+                grad_norm = optimizer_step(policy, optimizer, args.max_grad_norm)
+                value_curves.update(value_norm)
+                curves.update(grad_norm)
             if args.early_stop_kl and curves.mean(f"approx_kl_epoch_{epoch}") > args.early_stop_kl:
                 break
         if penalty and step >= args.value_warmup_steps:
             # PPO section 4: the next penalty follows from how far all updates together have moved the policy.
-            new_logprobs = torch.zeros_like(old_logprobs)                                   # (N, T)
             with torch.no_grad(), run.autocast():
-                for prompts, rows in share([*itertools.chain(*minibatches)]):
-                    inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
-                    new_logprobs[rows] = completion_logprobs(policy, *inputs, args.temperature)[0]
-            add_up(new_logprobs)
+                new_logprobs = score_batch(completion_logprobs, policy, minibatches, tokens, args.temperature)  # (N, T)
             penalty.update(kl_estimate(old_logprobs, new_logprobs, "k3")[completion_mask].mean().item())
-        if kl_control and step >= args.value_warmup_steps:
+        if kl_control and step >= args.value_warmup_steps:  # before, the policy stands still
             kl_control.update(kl.sum(1).mean().item())                                      # nats per completion
         refresh_sampler(sampler, policy)
         run.lap("time/update")
@@ -786,7 +729,7 @@ def complete_args(args: Args) -> Args:
 # ----- Problems and prompts -----
 
 
-def load_problems(args: Args) -> tuple[list, list]:
+def load_problems(args: Args) -> tuple[list[tuple[list[int], str]], ...]:
     """The training and the held-out problems, each a list of (prompt ids, answer)."""
     if args.model == "tiny":
         problems = tiny_problems()
@@ -929,7 +872,78 @@ def evaluate(
     return {name: value / len(problems) for name, value in found.items()}
 
 
+# ----- Packing: the completions of a prompt in one row with it -----
+
+
+def completion_hidden(
+    backbone: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """The hidden states from which the completion tokens are predicted: the state s_t = (q, o_{<t}) of each token o_t.
+
+    With k = N / B completions per prompt, k > 1, they share a row: [ q | o_1 | ... | o_k | padding ]. Every completion
+    sees the prompt and itself, and takes its positions as if it stood alone, so that the prompt is paid for once.
+
+    Args:
+        backbone: a causal transformer without its output head.
+        prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T).
+
+    Returns:
+        (M, H), the M completion tokens that the mask counts, row by row.
+    """
+    num_prompts, (num_rows, width) = prompt_ids.shape[0], completion_ids.shape
+    k = num_rows // num_prompts
+    device, prompt_lengths = prompt_ids.device, prompt_mask.sum(1, keepdim=True)            # (B, 1)
+    segment = torch.arange(1, k + 1, device=device).repeat_interleave(width)            # 0: prompt, g: completion g
+    segment = torch.cat([torch.zeros_like(prompt_ids), segment.expand(num_prompts, -1)], dim=1)  # (B, P + k T)
+    position = torch.arange(width, device=device).repeat(k) + prompt_lengths                # (B, k T)
+    position = torch.cat([(prompt_mask.cumsum(1) - 1).clamp(min=0), position], dim=1)       # (B, P + k T)
+    ids = torch.cat([prompt_ids, completion_ids.reshape(num_prompts, -1)], dim=1)           # (B, P + k T)
+    mask = torch.cat([prompt_mask, completion_mask.reshape(num_prompts, -1)], dim=1)        # (B, P + k T)
+
+    # Close the gaps: tokens first, in their order, padding last. L is the longest row.
+    order = (~mask).byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]         # (B, L)
+    ids, mask, segment, position = (x.gather(1, order) for x in (ids, mask, segment, position))
+    if k == 1:
+        attention_mask = mask.long()                                                        # the model's own mask
+    else:
+        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (B, query L, key L)
+        # The padding stands last, so the triangle hides it from every token.
+        visible = (visible & torch.ones_like(visible[0]).tril())[:, None]                   # (B, 1, L, L)
+        # Additive, because gemma2's eager attention adds a boolean mask as 0 and 1.
+        lowest = torch.finfo(backbone.dtype).min
+        attention_mask = torch.zeros(visible.shape, dtype=backbone.dtype, device=device).masked_fill(~visible, lowest)
+    hidden = backbone(ids, attention_mask=attention_mask, position_ids=position, use_cache=False).last_hidden_state
+
+    # Token o_t is predicted one place before it; the first one at the end of the prompt.
+    before = torch.arange(ids.shape[1], device=device).expand_as(ids) - 1                   # (B, L)
+    before = torch.where(position == prompt_lengths, prompt_lengths - 1, before)
+    row, column = (mask & (segment > 0)).nonzero(as_tuple=True)                             # (M,), (M,)
+    # index_select, because the backward of plain indexing adds in any order: a resumed run would end in other bits.
+    return hidden.flatten(0, 1).index_select(0, row * ids.shape[1] + before[row, column])   # (M, H)
+
+
+def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
+    """(M, H) -> (M, V), with the scalings that some model families apply at the head."""
+    config = policy.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    logits = policy.get_output_embeddings()(hidden * scale)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+# (tokens, V) entries of the float32 log-softmax at once: half a gigabyte on an accelerator. On a CPU 64 MB, which
+# malloc gives back to the system; pieces of less than 32 MB would leave holes in the heap as large as all of them.
+LOGITS_AT_ONCE = {"cuda": 2**27, "mps": 2**27, "cpu": 2**24}
+
+
 # ----- Cutting the batch, and the optimizer step -----
+
+
+def check_shapes(**tensors: Tensor) -> None:
+    """All of one shape (N, T): broadcasting would be silently wrong."""
+    if len({x.shape for x in tensors.values()}) > 1 or any(x.dim() != 2 for x in tensors.values()):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"all tensors must be (N, T), got {shapes}")
 
 MAX_ROW_TOKENS = 2048  # the longest packed row: attention within a row costs the square of its length
 
@@ -951,14 +965,14 @@ def split_batch(
     """
     (num_rows, width), group_size = completion_mask.shape, len(completion_mask) // len(prompt_mask)
     longest = MAX_ROW_TOKENS if share_prompt else 0
-    fits = [k for k in range(1, group_size + 1) if group_size % k == 0 and prompt_mask.shape[1] + k * width <= longest]
-    share = max(fits, default=1)                                                            # k
-    packs = group_size // share                                                             # packed rows per prompt
+    fits = [n for n in range(1, group_size + 1) if group_size % n == 0 and prompt_mask.shape[1] + n * width <= longest]
+    k = max(fits, default=1)
+    packs = group_size // k                                                                 # packed rows per prompt
     prompt_tokens, completion_tokens = prompt_mask.sum(1).cpu(), completion_mask.sum(1).cpu()
-    tokens = prompt_tokens.repeat_interleave(packs) + completion_tokens.reshape(-1, share).sum(1)  # (B packs,)
+    tokens = prompt_tokens.repeat_interleave(packs) + completion_tokens.reshape(-1, k).sum(1)  # (B packs,)
     teaches = teaches.cpu().repeat_interleave(packs)                                        # (B packs,)
     minibatches, (_, processes) = [], world()
-    for packed in torch.randperm(num_rows // share, generator=generator).chunk(num_minibatches):
+    for packed in torch.randperm(num_rows // k, generator=generator).chunk(num_minibatches):
         if not teaches[packed].any():
             minibatches.append([])
             continue
@@ -978,9 +992,23 @@ def split_batch(
         while len(cuts) > wanted:
             cuts[-2:] = [torch.cat(cuts[-2:])]
         cuts = [cut for rank in range(processes) for cut in cuts[rank::processes]]  # the long rows on all of them
-        rows = [(cut[:, None] * share + torch.arange(share)).flatten() for cut in cuts]     # (size k,) each
+        rows = [(cut[:, None] * k + torch.arange(k)).flatten() for cut in cuts]     # (size k,) each
         minibatches.append([(cut // packs, row) for cut, row in zip(cuts, rows, strict=True)])
     return minibatches
+
+
+def score_batch(
+    score: Callable, model: nn.Module, minibatches: list, tokens: tuple[Tensor, ...], *options: object
+) -> Tensor:
+    """`completion_logprobs` or `completion_values` of the whole batch: (N, T), 0 where no micro-batch is. On the
+    micro-batches of the update, so that it finds the same numbers there."""
+    prompt_ids, prompt_mask, completion_ids, completion_mask = tokens
+    found = torch.zeros(completion_ids.shape, device=completion_ids.device)
+    for prompts, rows in share([*itertools.chain(*minibatches)]):
+        inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
+        scores = score(model, *inputs, *options)
+        found[rows] = scores[0] if isinstance(scores, tuple) else scores  # not the entropy
+    return add_up(found)  # of all processes
 
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
@@ -1107,7 +1135,6 @@ def tiny_policy() -> Path:
     return folder
 
 
-
 def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args: Args, run: "Run") -> bool:
     """Sample and score a few completions, without and with a shared prompt: do the log-probabilities agree? Some model
     families (sliding windows, linear attention) cannot share a prompt, and would be silently wrong."""
@@ -1187,7 +1214,6 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
     except Exception as error:  # a full disk shows as OSError, RuntimeError or an error of safetensors
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{folder} could not be saved: {first_sentence(error)}") from None
-
 
 
 class RoomyLayer(DynamicLayer):
@@ -1388,7 +1414,7 @@ class Run:
 
     def load_checkpoint(self, tokenizer: PreTrainedTokenizerFast, state: dict[str, object]) -> None:
         """Remember what a checkpoint holds, by name, and load the one that --resume names, if any."""
-        self.tokenizer, self.state = tokenizer, state
+        self.tokenizer, self.state = tokenizer, {name: part for name, part in state.items() if part is not None}
         auto = self.args.resume == "auto"
         folders = self.checkpoints() if auto else [Path(self.args.resume or "")]
         for folder in folders if self.args.resume else []:
@@ -1404,7 +1430,7 @@ class Run:
                 continue
             if changed:
                 raise UserError(f"{folder} is of a run with other arguments: {', '.join(changed)}")
-            for name, part in state.items():
+            for name, part in self.state.items():
                 load_full_state(part, weights if name == "policy" else saved[name])
             self.step, self.before = saved["step"], saved["before"]
             self.say(f"going on from {folder}")

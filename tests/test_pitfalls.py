@@ -181,8 +181,8 @@ def test_pitfall_03_one_temperature_divides_the_logits_in_sampling_and_in_scorin
     model = make_model("llama", torch.float32)
     assert_caught(
         lambda: assert_scored_as_sampled(script, model),
-        bug(script, "completion_logprobs", "/ temperature)", "/ 1.0)"),
-        bug(script, "generate_completions", "/ (temperature or 1.0)", "/ 1.0"),
+        bug(script, "completion_logprobs", "/ temperature", "/ 1.0"),
+        bug(script, "sample_tokens", "/ (temperature or 1.0)", "/ 1.0"),
     )
 
 
@@ -198,9 +198,9 @@ def test_pitfall_04_a_top_k_in_the_generation_config_does_not_reach_the_sampling
         assert whole.shape == few.shape
         assert torch.equal(whole, few)
 
-    softmax, limit = ".log_softmax(-1)", "logp.topk(policy.generation_config.top_k)[0][:, -1:]"
-    top_k = f"{softmax}; logp = logp.where(logp >= {limit}, -torch.inf)"
-    assert_caught(check, bug(script, "generate_completions", softmax, top_k))
+    sampled, limit = "sample_tokens(logits,", "logits.topk(policy.generation_config.top_k)[0][:, -1:]"
+    top_k = f"sample_tokens(logits.where(logits >= {limit}, -torch.inf),"
+    assert_caught(check, bug(script, "generate_completions", sampled, top_k))
 
 
 def test_pitfall_05_the_gradient_does_not_depend_on_the_micro_batches(script, run):
@@ -287,9 +287,9 @@ def test_pitfall_08_the_ratio_is_exactly_1_for_as_long_as_the_policy_does_not_mo
         assert found["policy/ratio_max"] == [(1, 1.0)]
         assert found["policy/approx_kl"] == [(1, 0.0)]
 
-    old = "old_logprobs[rows] = completion_logprobs(policy, *inputs,"
+    old = "score(model, *inputs,"
     alone = "*(x.repeat_interleave(len(rows) // len(prompts), 0) for x in inputs[:2]), *inputs[2:],"  # other shapes
-    assert_caught(check, bug(script, "train", old, old.replace("*inputs,", alone)))
+    assert_caught(check, bug(script, "score_batch", old, old.replace("*inputs,", alone)))
 
 
 def test_pitfall_09_the_log_softmax_is_float32_over_a_bfloat16_model(script):
