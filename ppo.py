@@ -747,15 +747,10 @@ def first_sentence(error: Exception) -> str:
 # Defaults that depend on the model, and what the numbers may be.
 TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 100, "learning_rate": 5e-4, "value_learning_rate": 1e-3}
 OTHER_DEFAULTS = {"max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6, "value_learning_rate": 1e-5}
-AT_LEAST_ZERO = (
+AT_LEAST_ZERO = (  # all others must be positive
     "beta", "gamma", "gae_lambda", "entropy_coef", "value_warmup_steps", "seed", "save_every", "eval_every"
 )
 AT_MOST_ONE = ("clip_eps", "gamma", "gae_lambda")
-POSITIVE = (
-    "num_prompts", "max_new_tokens", "temperature", "num_steps", "update_epochs", "num_minibatches", "learning_rate",
-    "max_grad_norm", "clip_eps", "clip_eps_high", "micro_batch_tokens", "value_learning_rate", "value_clip_eps",
-    "adaptive_kl_target", "penalty_kl_target", "early_stop_kl", "group_size",
-)
 MIN_GROUP_SIZE = 1  # the value model is the baseline, not a group
 
 
@@ -764,12 +759,11 @@ def complete_args(args: Args) -> Args:
     tiny = args.model == "tiny"
     defaults = TINY_DEFAULTS if tiny else OTHER_DEFAULTS
     args = dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    for name in AT_LEAST_ZERO + POSITIVE:
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+    for name, value in vars(args).items():
         least, most = 0 if name in AT_LEAST_ZERO else 1e-12, 1 if name in AT_MOST_ONE else 2**31
-        if value is not None and not least <= value <= most:
+        if type(value) in (int, float) and not least <= value <= most:
             wanted = f"at most {most}" if value > most else "0 or more" if name in AT_LEAST_ZERO else "positive"
-            raise UserError(f"{flag} must be {wanted}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
     if args.run_name is not None and (args.run_name in ("", "..") or Path(args.run_name).name != args.run_name):
         raise UserError(f"--run-name must be the name of a folder in runs/, got {args.run_name!r}")
     if args.num_prompts % args.num_minibatches:
