@@ -783,28 +783,26 @@ def complete_args(args: Args) -> Args:
 def load_problems(args: Args) -> tuple[list, list]:
     """The training and the held-out problems, each a list of (prompt ids, answer)."""
     if args.model == "tiny":
-        problems = tiny_problems()
-        train_set, held_out = problems[:-TINY_HELD_OUT], problems[-TINY_HELD_OUT:]
-    elif args.eval_data:
-        train_set, held_out = read_problems(args.data), read_problems(args.eval_data)
+        problems, held_out = tiny_problems(), TINY_HELD_OUT
     else:
-        problems = read_problems(args.data)
-        cut = len(problems) - min(256, len(problems) // 10 + 1)
-        train_set, held_out = problems[:cut], problems[cut:]
-    if len(train_set) < args.num_prompts:
-        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(train_set)} training problems")
+        problems, more = read_problems(args.data), read_problems(args.eval_data) if args.eval_data else []
+        held_out = len(more) or min(256, len(problems) // 10 + 1)
+        problems += more
+    cut = len(problems) - held_out
+    if cut < args.num_prompts:
+        raise UserError(f"--num-prompts {args.num_prompts} is more than the {cut} training problems")
     tokenizer, config = load_tokenizer(args.model)
     limits = [getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "vocab_size")]
     context, vocabulary = (limit or math.inf for limit in limits)
     longest = context - args.max_new_tokens
-    encoded = [[(encode_prompt(tokenizer, p.prompt), p.answer) for p in part] for part in (train_set, held_out)]
-    for ids, _ in encoded[0] + encoded[1]:
+    encoded = [(encode_prompt(tokenizer, prompt), answer) for prompt, answer in problems]
+    for ids, _ in encoded:
         if not 0 < len(ids) <= longest:
             raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this model's "
                             f"context of {context} takes 1 to {longest}: {tokenizer.decode(ids)[:80]!r}")
         if max(ids) >= vocabulary:
             raise UserError(f"--model {args.model}: its tokenizer has more tokens than the model, {vocabulary}")
-    return encoded[0], encoded[1]
+    return encoded[:cut], encoded[cut:]
 
 
 def read_problems(path: str) -> list[Problem]:
@@ -848,11 +846,10 @@ def checked_problem(record: dict) -> Problem:
 
 def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerFast, AutoConfig]:
     """The tokenizer and the configuration of --model, which say much of what can be wrong before weights are loaded."""
-    rank, number = world()
-    if rank:
+    if world()[0] > 0:
         dist.barrier()  # the first process pretrains the tiny model, the others find it
     folder = tiny_policy() if model == "tiny" else model
-    if number > 1 and rank == 0:
+    if world()[0] == 0 and dist.is_initialized():
         dist.barrier()
     try:
         return AutoTokenizer.from_pretrained(folder, **NO_CODE), AutoConfig.from_pretrained(folder, **NO_CODE)
@@ -886,10 +883,9 @@ def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> lis
 
 def pad_prompts(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """prompt_ids and prompt_mask, (B, P), padded on the left. The mask is by length, so pad may be any id."""
-    width = max(map(len, prompts))
-    prompt_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
-    lengths = torch.tensor([[len(ids)] for ids in prompts], device=device)
-    return prompt_ids, torch.arange(width, device=device) >= width - lengths
+    ids = [torch.tensor(ids) for ids in prompts]
+    masks = [torch.ones(len(ids), dtype=torch.bool) for ids in prompts]
+    return tuple(pad_sequence(x, batch_first=True, padding_side="left").to(device) for x in (ids, masks))
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
