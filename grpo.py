@@ -883,27 +883,19 @@ def split_batch(
     teaches = teaches.cpu().repeat_interleave(packs)                                        # (B packs,)
     minibatches, (_, processes) = [], world()
     for packed in torch.randperm(num_rows // share, generator=generator).chunk(num_minibatches):
-        if not teaches[packed].any():
-            minibatches.append([])
-            continue
         # Every process must have something to do. A row that does not teach adds nothing to the gradient.
         packed = packed[teaches[packed].logical_not().byte().argsort(stable=True)]
-        packed = packed[: max(int(teaches[packed].sum()), processes)]
+        packed = packed[: max(int(teaches[packed].sum()), processes)] if teaches[packed].any() else packed[:0]
         packed = packed[tokens[packed].argsort(descending=True, stable=True)]
-        cuts, start = [], 0
-        while start < len(packed):
-            cuts.append(packed[start : start + max(1, micro_batch_tokens // int(tokens[packed[start]]))])
-            start += len(cuts[-1])
-        # As many for each process: cut more, or, where there are too few rows for that, put the shortest together.
-        wanted = processes * min(math.ceil(len(cuts) / processes), len(packed) // processes)
-        while len(cuts) < wanted:
-            largest = max(range(len(cuts)), key=lambda i: len(cuts[i]))
-            cuts[largest : largest + 1] = cuts[largest].tensor_split(2)
-        while len(cuts) > wanted:
-            cuts[-2:] = [torch.cat(cuts[-2:])]
-        cuts = [cut for rank in range(processes) for cut in cuts[rank::processes]]  # the long rows on all of them
-        rows = [(cut[:, None] * share + torch.arange(share)).flatten() for cut in cuts]     # (size k,) each
-        minibatches.append([(cut // packs, row) for cut, row in zip(cuts, rows, strict=True)])
+        blocks = []  # of rows of like length, of which every process gets a part
+        while len(packed):
+            size = processes * max(1, micro_batch_tokens // int(tokens[packed[0]]))
+            if size < len(packed) < size + processes:  # too few would be left for another block
+                size = len(packed) - processes if size > processes else len(packed)
+            blocks.append(packed[:size])
+            packed = packed[size:]
+        cuts = [block[rank::processes] for rank in range(processes) for block in blocks]
+        minibatches.append([(cut // packs, (cut[:, None] * share + torch.arange(share)).flatten()) for cut in cuts])
     return minibatches
 
 
