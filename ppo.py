@@ -984,17 +984,16 @@ class Curves:
     """Means over the tokens and updates of a step, collected on the device."""
 
     def __init__(self):
-        self.sums, self.tokens, self.losses, self.grad_norms = {}, {}, [], []
-        self.ratio_max = torch.zeros(())
+        self.sums, self.tokens, self.losses, self.ratios, self.grad_norms = {}, {}, [], [], []
 
     def add(self, loss: Tensor, mask: Tensor, **per_token: Tensor) -> None:
         """The loss of one micro-batch, and what its tokens, (N, T), were."""
         self.losses.append(loss.detach())
+        if "ratio" in per_token:
+            self.ratios.append(per_token.pop("ratio").where(mask, 0.0).max())
         for name, value in per_token.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().where(mask, 0.0).sum()
             self.tokens[name] = self.tokens.get(name, 0) + mask.sum()
-        if "ratio" in per_token:
-            self.ratio_max = torch.maximum(self.ratio_max.to(mask.device), per_token["ratio"].where(mask, 0.0).max())
 
     def update(self, grad_norm: Tensor) -> None:
         """The gradient norm of one update."""
@@ -1008,12 +1007,12 @@ class Curves:
     def means(self, prefix: str) -> dict[str, float]:
         """Every curve of the step, as TensorBoard names it."""
         finite = [norm for norm in self.grad_norms if norm.isfinite()]
-        means = {name: self.mean(name) for name in self.sums if name != "ratio"}
+        means = {name: self.mean(name) for name in self.sums}
         means["loss"] = add_up(sum(self.losses)) / len(self.grad_norms) if self.losses else 0.0
         means["grad_norm"] = sum(finite) / max(1, len(finite))
         means["skipped"] = len(self.grad_norms) - len(finite)
-        if "ratio" in self.sums:
-            means["ratio_max"] = gather(self.ratio_max.view(1, 1))[0].max()
+        if self.ratios:
+            means["ratio_max"] = gather(torch.stack(self.ratios)[:, None])[0].max()
         return {f"{prefix}/{name}": value for name, value in means.items()}
 
 
