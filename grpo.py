@@ -954,9 +954,8 @@ def load_policy(model: str, device: torch.device) -> tuple[PreTrainedTokenizerFa
     """The tokenizer, the policy in float32 without dropout, and every id that ends a completion."""
     tokenizer, _ = load_tokenizer(model)
     try:
-        folder = tiny_policy() if model == "tiny" else model
         options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE)
-        policy, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+        policy, found = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path, **options)  # the same folder
         lacking = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]  # would be random
         if lacking:
             raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
@@ -1000,21 +999,15 @@ def tiny_policy() -> Path:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY_LEARNING_RATE, TINY_STEPS, pct_start=0.15)
     for step in tqdm(range(TINY_STEPS), desc="pretraining the tiny model", unit="step", disable=None):
         batch = texts[step * TINY_BATCH : (step + 1) * TINY_BATCH]
-        prompts, rows = ([tokenizer(text).input_ids for text in column] for column in zip(*batch, strict=True))
-        rows = [prompt + row + [end] for prompt, row in zip(prompts, rows, strict=True)]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [end] * (width - len(row)) for row in rows])              # (batch, width)
-        starts, ends = (torch.tensor([[len(x)] for x in column]) for column in (prompts, rows))
-        target = ((torch.arange(width) >= starts) & (torch.arange(width) < ends))[:, 1:]    # completion tokens only
-        loss = nn.functional.cross_entropy(model(ids).logits[:, :-1][target], ids[:, 1:][target])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        batch = [(tokenizer(prompt).input_ids, tokenizer(completion).input_ids + [end]) for prompt, completion in batch]
+        ids = [torch.tensor(prompt + completion) for prompt, completion in batch]
+        labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in batch]  # no prompt
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)                 # (batch, width)
+        model(pad_sequence(ids, batch_first=True, padding_value=end), labels=labels).loss.backward()
+        optimizer_step(model, optimizer, max_grad_norm=1.0)
         schedule.step()
     save_model(folder, model, tokenizer)
     return folder
-
 
 
 def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args: Args, run: "Run") -> bool:
