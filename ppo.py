@@ -1071,7 +1071,7 @@ def tiny_policy() -> Path:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY_LEARNING_RATE, TINY_STEPS, pct_start=0.15)
     for step in tqdm(range(TINY_STEPS), desc="pretraining the tiny model", unit="step", disable=None):
         batch = texts[step * TINY_BATCH : (step + 1) * TINY_BATCH]
-        batch = [(tokenizer(prompt).input_ids, tokenizer(completion).input_ids + [end]) for prompt, completion in batch]
+        batch = [(tokenizer(prompt).input_ids, [*tokenizer(completion).input_ids, end]) for prompt, completion in batch]
         ids = [torch.tensor(prompt + completion) for prompt, completion in batch]
         labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in batch]  # no prompt
         labels = pad_sequence(labels, batch_first=True, padding_value=-100)                 # (batch, width)
@@ -1092,11 +1092,10 @@ def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args
     prompts = pad_prompts([ids for ids, _ in problems[:2]], run.device)
     ends = torch.arange(0, config.vocab_size, 5, device=run.device)  # every fifth token ends a row: all at other times
     limit = 1e-3 if run.dtype == torch.float32 else 0.1  # nats; rounding is far below
+    uniforms = torch.rand(len(prompts[0]), 3, min(16, args.max_new_tokens), generator=torch.Generator().manual_seed(0))
 
     def gap(share_prompt: bool) -> float:
         """Between the sampler's log-probabilities and the re-scored ones, in nats per token."""
-        uniforms = len(prompts[0]), 3, min(16, args.max_new_tokens)
-        uniforms = torch.rand(uniforms, generator=torch.Generator().manual_seed(0))
         rows = prompts if share_prompt else [x.repeat_interleave(3, 0) for x in prompts]
         with torch.no_grad(), run.autocast():
             ids, mask, sampled = generate_completions(sampler, *prompts, uniforms, args.temperature, ends, share_prompt)
@@ -1108,14 +1107,14 @@ def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args
         raise UserError(f"this model's log-probabilities cannot be computed again: they are off by {alone:.2g} nats")
     try:
         shared = gap(share_prompt=True)
-        reason = f"its log-probabilities would be off by {shared:.2g} nats"
+        reason = "" if shared < limit else f"its log-probabilities would be off by {shared:.2g} nats"
     except (AttributeError, RuntimeError, ValueError) as error:
-        shared, reason = math.inf, first_sentence(error)
+        reason = first_sentence(error)
     if window < longest:
-        shared, reason = math.inf, f"it attends to the last {window} tokens of up to {longest}"
-    if not shared < limit:
+        reason = f"it attends to the last {window} tokens of up to {longest}"
+    if reason:
         run.say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
-    return shared < limit
+    return not reason
 
 
 def make_sampler(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -1144,7 +1143,6 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
         return
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         if state:
@@ -1168,10 +1166,6 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
 class RoomyLayer(DynamicLayer):
     """A layer of the cache with room for the tokens to come. DynamicLayer copies all it has for every new one."""
 
-    def reserve(self, tokens: int) -> None:
-        """Make the room, once the prompt is there."""
-        self.room = [nn.functional.pad(x, (0, 0, 0, tokens)) for x in (self.keys, self.values)]
-
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
         for room, new in zip(self.room, (keys, values), strict=True):
@@ -1185,11 +1179,11 @@ class RoomyLayer(DynamicLayer):
 
 
 def reserve(cache: Cache, tokens: int) -> None:
-    """Room for so many tokens more, in the layers that keep all of them."""
+    """Make room for so many tokens more, once the prompt is there, in the layers that keep all of them."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__ = RoomyLayer
-            layer.reserve(tokens)
+            layer.room = [nn.functional.pad(x, (0, 0, 0, tokens)) for x in (layer.keys, layer.values)]
 
 
 def digest(path: Path) -> str:
