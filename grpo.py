@@ -723,21 +723,20 @@ def load_problems(args: Args) -> tuple[list, list]:
 
 def read_problems(path: str) -> list[Problem]:
     """Read JSON lines; `read_problem` says what a line must hold."""
+    problems, place = [], path
     try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+            place = f"{path}, line {number}"
+            if line.strip():
                 problems.append(checked_problem(json.loads(line.decode("utf-8-sig"))))
-            except KeyError as error:
-                raise UserError(f"{path}, line {number}: the field {error} is missing") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error.msg}") from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{place}: the field {error} is missing") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: {error}") from None
     if not problems:
         raise UserError(f"{path} is empty: it must hold one JSON object a line")
     return problems
@@ -820,8 +819,7 @@ def place_steps(
     for i, (text, answer) in enumerate(zip(completions, answers, strict=True)):
         ids = completion_ids[i][completion_mask[i]].tolist()
         *steps, (_, outcome) = step_rewards(text, answer)
-        prefixes = [ids[: t + 1] for t in range(len(ids))] if steps else []
-        lengths = [len(text) for text in tokenizer.batch_decode(prefixes, skip_special_tokens=True)]
+        lengths = [len(tokenizer.decode(ids[: t + 1], skip_special_tokens=True)) for t in range(len(ids)) if steps]
         placed = [(bisect.bisect_left(lengths, end), score) for end, score in steps]
         for t, score in [*placed, (len(ids) - 1, outcome)]:
             rewards[i, t], ends[i, t] = score, True

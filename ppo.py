@@ -807,21 +807,20 @@ def load_problems(args: Args) -> tuple[list, list]:
 
 def read_problems(path: str) -> list[Problem]:
     """Read JSON lines; `read_problem` says what a line must hold."""
+    problems, place = [], path
     try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+            place = f"{path}, line {number}"
+            if line.strip():
                 problems.append(checked_problem(json.loads(line.decode("utf-8-sig"))))
-            except KeyError as error:
-                raise UserError(f"{path}, line {number}: the field {error} is missing") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error.msg}") from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{place}: the field {error} is missing") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: {error}") from None
     if not problems:
         raise UserError(f"{path} is empty: it must hold one JSON object a line")
     return problems
