@@ -1044,8 +1044,7 @@ def tiny_policy() -> Path:
     """The folder of the tiny model: a Llama of 0.2 M parameters that reads characters, pretrained on the demonstrations
     of the task, and kept under runs/ for as long as these do not change."""
     rng, problems = random.Random(0), tiny_problems()[:-TINY_HELD_OUT]
-    chosen = rng.choices(problems, k=TINY_STEPS * TINY_BATCH)
-    texts = [(problem.prompt, tiny_demonstration(problem, rng)) for problem in chosen]
+    texts = [(p.prompt, tiny_demonstration(p, rng)) for p in rng.choices(problems, k=TINY_STEPS * TINY_BATCH)]
     recipe = repr((texts[:1000], TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE, inspect.getsource(tiny_policy)))
     folder = Path("runs") / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if folder.exists():
@@ -1274,10 +1273,10 @@ def main(args: Args) -> int:
     except UserError as error:
         code, sentence = 2, str(error)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as a CPU says it
+        if not re.search("out of memory|allocate memory", str(error)):  # as a GPU says it, and as a CPU does
             raise
-        code, sentence = 2, "out of memory: a lower --micro-batch-tokens, --num-prompts or --group-size helps, as does "
-        sentence += "--gradient-checkpointing"
+        flags = "a lower --micro-batch-tokens, --num-prompts or --group-size helps, as does --gradient-checkpointing"
+        code, sentence = 2, f"out of memory: {flags}"
     except KeyboardInterrupt:  # before the first step: there is nothing to save yet
         code = 130
     if sentence:
@@ -1321,8 +1320,7 @@ class Run:
         self.device = torch.device(name)
         if "RANK" in os.environ and not dist.is_initialized():  # set by torchrun
             if name == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
         if args.num_prompts // args.num_minibatches < world()[1]:
             raise UserError(f"{world()[1]} processes need as many --num-prompts for each of --num-minibatches")
@@ -1357,9 +1355,13 @@ class Run:
     def load_checkpoint(self, tokenizer: PreTrainedTokenizerFast, state: dict[str, object]) -> None:
         """Remember what a checkpoint holds, by name, and load the one that --resume names, if any."""
         self.tokenizer, self.state = tokenizer, state
-        auto = self.args.resume == "auto"
-        folders = self.checkpoints() if auto else [Path(self.args.resume or "")]
-        for folder in folders if self.args.resume else []:
+        if not self.args.resume:
+            return
+        folders = self.checkpoints() if self.args.resume == "auto" else [Path(self.args.resume)]
+        if not folders:
+            self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+            return
+        for folder in folders:
             try:
                 for name, expected in json.loads((folder / "sha256.json").read_text()).items():
                     if digest(folder / name) != expected:
@@ -1377,12 +1379,9 @@ class Run:
             self.step, self.before = saved["step"], saved["before"]
             self.say(f"going on from {folder}")
             return
-        if self.args.resume and (folders or not auto):
-            others = {*folders[0].parent.glob("step_*")} - {*folders} if folders else set()
-            instead = f"; there is also {', '.join(map(str, sorted(others)))}" if others else ""
-            raise UserError(f"--resume {self.args.resume}: no checkpoint that can be loaded{instead}")
-        if auto:
-            self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+        others = {*folders[0].parent.glob("step_*")} - {*folders}
+        instead = f"; there is also {', '.join(map(str, sorted(others)))}" if others else ""
+        raise UserError(f"--resume {self.args.resume}: no checkpoint that can be loaded{instead}")
 
     def changed_arguments(self, before: dict) -> list[str]:
         """Those that differ from a checkpoint's and may not."""
@@ -1402,16 +1401,16 @@ class Run:
         """Say what will be done, open the curves, and evaluate the policy as it is."""
         self.evaluation, self.started = evaluation, time.monotonic()
         size = sum(parameter.numel() for parameter in self.state["policy"].parameters())
-        trained = [part for part in self.state.values() if isinstance(part, tuple)]
+        trained = sum(isinstance(part, tuple) for part in self.state.values())  # models with an optimizer
         self.writer = None
         try:
             if world()[0] == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left in [*self.folder.glob(".step_*"), *self.folder.glob(".policy.*")]:
                     shutil.rmtree(left)  # by a save that was killed
-                free, gigabytes = shutil.disk_usage(self.folder).free, 12 * size * len(trained) / 1e9
-                if free < 3e9 * gigabytes:
-                    raise OSError(f"three checkpoints need {3 * gigabytes:.1f} GB and {free / 1e9:.1f} GB are free")
+                needed, free = 3 * 12e-9 * size * trained, 1e-9 * shutil.disk_usage(self.folder).free
+                if free < needed:
+                    raise OSError(f"three checkpoints need {needed:.1f} GB and {free:.1f} GB are free")
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.step and self.step + 1)
         except OSError as error:
             raise UserError(f"the run cannot be kept in {self.folder}: {error}") from None
@@ -1529,8 +1528,8 @@ class Run:
         """Evaluate a last time, save, and say in a line what was learned, where it is, and how to see it."""
         if self.args.eval_every and self.laps and not self.stopping:  # once, in whatever part of the run
             after = self.show_evaluation()
-            changes = [f"{self.before[name]:.3g} -> {after[name]:.3g}" for name in after if self.before]
-            if changes:
+            if self.before:
+                changes = [f"{self.before[name]:.3g} -> {after[name]:.3g}" for name in after]
                 self.say("held-out accuracy {} greedy, {} sampled; length {} tokens".format(*changes))
         if self.laps:
             self.save_checkpoint()
