@@ -1403,13 +1403,12 @@ class Run:
                 os.write(2, b"\nfinishing this step, then saving; once more to leave at once\n")
 
         self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        show = dict(initial=self.step, total=self.args.num_steps, desc=self.script, unit="step")
-        with tqdm(range(self.step, self.args.num_steps), disable=True if world()[0] else None, **show) as self.bar:
-            for step in self.bar:
+        show = dict(desc=self.script, unit="step", disable=True if world()[0] else None)
+        with tqdm(initial=self.step, total=self.args.num_steps, **show) as self.bar:
+            while self.step < self.args.num_steps and not self.stopping:
                 self.clock, self.laps = time.perf_counter(), {}
-                yield step
-                if self.stopping:
-                    break
+                yield self.step  # `log` counts it
+                self.bar.update()
 
     def lap(self, name: str) -> None:
         """The seconds since the last lap are those of `name`."""
