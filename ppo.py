@@ -930,13 +930,9 @@ def split_batch(
     """Cut the batch at random into minibatches, one optimizer update each, and these, the longest rows together, into
     micro-batches, one forward and backward pass each, of at most `micro_batch_tokens` tokens where a row is not longer.
 
-    Args:
-        prompt_mask: (B, P). completion_mask: (N, T). teaches: (B,), prompts without it are left out.
-
-    Returns:
-        minibatches of micro-batches (prompts, rows): indices into the B prompts and the N completions, with
-        k = len(rows) / len(prompts) completions that share the row of their prompt (see `completion_hidden`), and as
-        many micro-batches for each process.
+    prompt_mask is (B, P), completion_mask (N, T), teaches (B,): prompts without it are left out. A micro-batch is
+    (prompts, rows), indices into the B prompts and the N completions, k = len(rows) / len(prompts) of which share the
+    row of their prompt (see `completion_hidden`). Every process gets as many.
     """
     (num_rows, width), group_size = completion_mask.shape, len(completion_mask) // len(prompt_mask)
     longest = MAX_ROW_TOKENS if share_prompt else 0
