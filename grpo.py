@@ -711,7 +711,7 @@ def load_problems(args: Args) -> tuple[list, list]:
     limits = [getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "vocab_size")]
     context, vocabulary = (limit or math.inf for limit in limits)
     longest = context - args.max_new_tokens
-    encoded = [(encode_prompt(tokenizer, prompt), answer) for prompt, answer in problems]
+    encoded = [(encode_prompt(tokenizer, problem.prompt), problem.answer) for problem in problems]
     for ids, _ in encoded:
         if not 0 < len(ids) <= longest:
             raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this model's "
@@ -949,7 +949,7 @@ def load_policy(model: str, device: torch.device) -> tuple[PreTrainedTokenizerFa
     tokenizer, _ = load_tokenizer(model)
     try:
         options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE)
-        policy, found = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path, **options)  # the same folder
+        policy, found = AutoModelForCausalLM.from_pretrained(tiny_policy() if model == "tiny" else model, **options)
         lacking = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]  # would be random
         if lacking:
             raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
