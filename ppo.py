@@ -690,15 +690,10 @@ def first_sentence(error: Exception) -> str:
 # Defaults that depend on the model, and what the numbers may be.
 TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 100, "learning_rate": 5e-4, "value_learning_rate": 1e-3}
 OTHER_DEFAULTS = {"max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6, "value_learning_rate": 1e-5}
-AT_LEAST_ZERO = (
+AT_LEAST_ZERO = (  # all others must be positive
     "beta", "gamma", "gae_lambda", "entropy_coef", "value_warmup_steps", "seed", "save_every", "eval_every"
 )
 AT_MOST_ONE = ("clip_eps", "gamma", "gae_lambda")
-POSITIVE = (
-    "num_prompts", "max_new_tokens", "temperature", "num_steps", "update_epochs", "num_minibatches", "learning_rate",
-    "max_grad_norm", "clip_eps", "clip_eps_high", "micro_batch_tokens", "value_learning_rate", "value_clip_eps",
-    "adaptive_kl_target", "penalty_kl_target", "early_stop_kl", "group_size",
-)
 MIN_GROUP_SIZE = 1  # the value model is the baseline, not a group
 
 
@@ -707,12 +702,11 @@ def complete_args(args: Args) -> Args:
     tiny = args.model == "tiny"
     defaults = TINY_DEFAULTS if tiny else OTHER_DEFAULTS
     args = dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    for name in AT_LEAST_ZERO + POSITIVE:
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+    for name, value in vars(args).items():
         least, most = 0 if name in AT_LEAST_ZERO else 1e-12, 1 if name in AT_MOST_ONE else 2**31
-        if value is not None and not least <= value <= most:
+        if type(value) in (int, float) and not least <= value <= most:
             wanted = f"at most {most}" if value > most else "0 or more" if name in AT_LEAST_ZERO else "positive"
-            raise UserError(f"{flag} must be {wanted}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
     if args.run_name is not None and (args.run_name in ("", "..") or Path(args.run_name).name != args.run_name):
         raise UserError(f"--run-name must be the name of a folder in runs/, got {args.run_name!r}")
     if args.num_prompts % args.num_minibatches:
@@ -732,47 +726,44 @@ def complete_args(args: Args) -> Args:
 def load_problems(args: Args) -> tuple[list[tuple[list[int], str]], ...]:
     """The training and the held-out problems, each a list of (prompt ids, answer)."""
     if args.model == "tiny":
-        problems = tiny_problems()
-        train_set, held_out = problems[:-TINY_HELD_OUT], problems[-TINY_HELD_OUT:]
-    elif args.eval_data:
-        train_set, held_out = read_problems(args.data), read_problems(args.eval_data)
+        problems, held_out = tiny_problems(), TINY_HELD_OUT
     else:
-        problems = read_problems(args.data)
-        cut = len(problems) - min(256, len(problems) // 10 + 1)
-        train_set, held_out = problems[:cut], problems[cut:]
-    if len(train_set) < args.num_prompts:
-        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(train_set)} training problems")
+        problems, more = read_problems(args.data), read_problems(args.eval_data) if args.eval_data else []
+        held_out = len(more) or min(256, len(problems) // 10 + 1)
+        problems += more
+    cut = len(problems) - held_out
+    if cut < args.num_prompts:
+        raise UserError(f"--num-prompts {args.num_prompts} is more than the {cut} training problems")
     tokenizer, config = load_tokenizer(args.model)
     limits = [getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "vocab_size")]
     context, vocabulary = (limit or math.inf for limit in limits)
     longest = context - args.max_new_tokens
-    encoded = [[(encode_prompt(tokenizer, p.prompt), p.answer) for p in part] for part in (train_set, held_out)]
-    for ids, _ in encoded[0] + encoded[1]:
+    encoded = [(encode_prompt(tokenizer, problem.prompt), problem.answer) for problem in problems]
+    for ids, _ in encoded:
         if not 0 < len(ids) <= longest:
             raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this model's "
                             f"context of {context} takes 1 to {longest}: {tokenizer.decode(ids)[:80]!r}")
         if max(ids) >= vocabulary:
             raise UserError(f"--model {args.model}: its tokenizer has more tokens than the model, {vocabulary}")
-    return encoded[0], encoded[1]
+    return encoded[:cut], encoded[cut:]
 
 
 def read_problems(path: str) -> list[Problem]:
     """Read JSON lines; `read_problem` says what a line must hold."""
+    problems, place = [], path
     try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+            place = f"{path}, line {number}"
+            if line.strip():
                 problems.append(checked_problem(json.loads(line.decode("utf-8-sig"))))
-            except KeyError as error:
-                raise UserError(f"{path}, line {number}: the field {error} is missing") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error.msg}") from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{place}: the field {error} is missing") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: {error}") from None
     if not problems:
         raise UserError(f"{path} is empty: it must hold one JSON object a line")
     return problems
@@ -797,11 +788,10 @@ def checked_problem(record: dict) -> Problem:
 
 def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerFast, AutoConfig]:
     """The tokenizer and the configuration of --model, which say much of what can be wrong before weights are loaded."""
-    rank, number = world()
-    if rank:
+    if world()[0] > 0:
         dist.barrier()  # the first process pretrains the tiny model, the others find it
     folder = tiny_policy() if model == "tiny" else model
-    if number > 1 and rank == 0:
+    if world()[0] == 0 and dist.is_initialized():
         dist.barrier()
     try:
         return AutoTokenizer.from_pretrained(folder, **NO_CODE), AutoConfig.from_pretrained(folder, **NO_CODE)
@@ -835,10 +825,9 @@ def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> lis
 
 def pad_prompts(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """prompt_ids and prompt_mask, (B, P), padded on the left. The mask is by length, so pad may be any id."""
-    width = max(map(len, prompts))
-    prompt_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
-    lengths = torch.tensor([[len(ids)] for ids in prompts], device=device)
-    return prompt_ids, torch.arange(width, device=device) >= width - lengths
+    ids = [torch.tensor(ids) for ids in prompts]
+    masks = [torch.ones(len(ids), dtype=torch.bool) for ids in prompts]
+    return tuple(pad_sequence(x, batch_first=True, padding_side="left").to(device) for x in (ids, masks))
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
@@ -955,13 +944,9 @@ def split_batch(
     """Cut the batch at random into minibatches, one optimizer update each, and these, the longest rows together, into
     micro-batches, one forward and backward pass each, of at most `micro_batch_tokens` tokens where a row is not longer.
 
-    Args:
-        prompt_mask: (B, P). completion_mask: (N, T). teaches: (B,), prompts without it are left out.
-
-    Returns:
-        minibatches of micro-batches (prompts, rows): indices into the B prompts and the N completions, with
-        k = len(rows) / len(prompts) completions that share the row of their prompt (see `completion_hidden`), and as
-        many micro-batches for each process.
+    prompt_mask is (B, P), completion_mask (N, T), teaches (B,): prompts without it are left out. A micro-batch is
+    (prompts, rows), indices into the B prompts and the N completions, k = len(rows) / len(prompts) of which share the
+    row of their prompt (see `completion_hidden`). Every process gets as many.
     """
     (num_rows, width), group_size = completion_mask.shape, len(completion_mask) // len(prompt_mask)
     longest = MAX_ROW_TOKENS if share_prompt else 0
@@ -973,27 +958,19 @@ def split_batch(
     teaches = teaches.cpu().repeat_interleave(packs)                                        # (B packs,)
     minibatches, (_, processes) = [], world()
     for packed in torch.randperm(num_rows // k, generator=generator).chunk(num_minibatches):
-        if not teaches[packed].any():
-            minibatches.append([])
-            continue
         # Every process must have something to do. A row that does not teach adds nothing to the gradient.
         packed = packed[teaches[packed].logical_not().byte().argsort(stable=True)]
-        packed = packed[: max(int(teaches[packed].sum()), processes)]
+        packed = packed[: max(int(teaches[packed].sum()), processes)] if teaches[packed].any() else packed[:0]
         packed = packed[tokens[packed].argsort(descending=True, stable=True)]
-        cuts, start = [], 0
-        while start < len(packed):
-            cuts.append(packed[start : start + max(1, micro_batch_tokens // int(tokens[packed[start]]))])
-            start += len(cuts[-1])
-        # As many for each process: cut more, or, where there are too few rows for that, put the shortest together.
-        wanted = processes * min(math.ceil(len(cuts) / processes), len(packed) // processes)
-        while len(cuts) < wanted:
-            largest = max(range(len(cuts)), key=lambda i: len(cuts[i]))
-            cuts[largest : largest + 1] = cuts[largest].tensor_split(2)
-        while len(cuts) > wanted:
-            cuts[-2:] = [torch.cat(cuts[-2:])]
-        cuts = [cut for rank in range(processes) for cut in cuts[rank::processes]]  # the long rows on all of them
-        rows = [(cut[:, None] * k + torch.arange(k)).flatten() for cut in cuts]     # (size k,) each
-        minibatches.append([(cut // packs, row) for cut, row in zip(cuts, rows, strict=True)])
+        blocks = []  # of rows of like length, of which every process gets a part
+        while len(packed):
+            size = processes * max(1, micro_batch_tokens // int(tokens[packed[0]]))
+            if size < len(packed) < size + processes:  # too few would be left for another block
+                size = len(packed) - processes if size > processes else len(packed)
+            blocks.append(packed[:size])
+            packed = packed[size:]
+        cuts = [block[rank::processes] for rank in range(processes) for block in blocks]
+        minibatches.append([(cut // packs, (cut[:, None] * k + torch.arange(k)).flatten()) for cut in cuts])
     return minibatches
 
 
@@ -1030,17 +1007,16 @@ class Curves:
     """Means over the tokens and updates of a step, collected on the device."""
 
     def __init__(self):
-        self.sums, self.tokens, self.losses, self.grad_norms = {}, {}, [], []
-        self.ratio_max = torch.zeros(())
+        self.sums, self.tokens, self.losses, self.ratios, self.grad_norms = {}, {}, [], [], []
 
     def add(self, loss: Tensor, mask: Tensor, **per_token: Tensor) -> None:
         """The loss of one micro-batch, and what its tokens, (N, T), were."""
         self.losses.append(loss.detach())
+        if "ratio" in per_token:
+            self.ratios.append(per_token.pop("ratio").where(mask, 0.0).max())
         for name, value in per_token.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().where(mask, 0.0).sum()
             self.tokens[name] = self.tokens.get(name, 0) + mask.sum()
-        if "ratio" in per_token:
-            self.ratio_max = torch.maximum(self.ratio_max.to(mask.device), per_token["ratio"].where(mask, 0.0).max())
 
     def update(self, grad_norm: Tensor) -> None:
         """The gradient norm of one update."""
@@ -1054,12 +1030,12 @@ class Curves:
     def means(self, prefix: str) -> dict[str, float]:
         """Every curve of the step, as TensorBoard names it."""
         finite = [norm for norm in self.grad_norms if norm.isfinite()]
-        means = {name: self.mean(name) for name in self.sums if name != "ratio"}
+        means = {name: self.mean(name) for name in self.sums}
         means["loss"] = add_up(sum(self.losses)) / len(self.grad_norms) if self.losses else 0.0
         means["grad_norm"] = sum(finite) / max(1, len(finite))
         means["skipped"] = len(self.grad_norms) - len(finite)
-        if "ratio" in self.sums:
-            means["ratio_max"] = gather(self.ratio_max.view(1, 1))[0].max()
+        if self.ratios:
+            means["ratio_max"] = gather(torch.stack(self.ratios)[:, None])[0].max()
         return {f"{prefix}/{name}": value for name, value in means.items()}
 
 
@@ -1073,9 +1049,8 @@ def load_policy(model: str, device: torch.device) -> tuple[PreTrainedTokenizerFa
     """The tokenizer, the policy in float32 without dropout, and every id that ends a completion."""
     tokenizer, _ = load_tokenizer(model)
     try:
-        folder = tiny_policy() if model == "tiny" else model
         options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE)
-        policy, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+        policy, found = AutoModelForCausalLM.from_pretrained(tiny_policy() if model == "tiny" else model, **options)
         lacking = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]  # would be random
         if lacking:
             raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
@@ -1093,8 +1068,7 @@ def tiny_policy() -> Path:
     """The folder of the tiny model: a Llama of 0.2 M parameters that reads characters, pretrained on the demonstrations
     of the task, and kept under runs/ for as long as these do not change."""
     rng, problems = random.Random(0), tiny_problems()[:-TINY_HELD_OUT]
-    chosen = rng.choices(problems, k=TINY_STEPS * TINY_BATCH)
-    texts = [(problem.prompt, tiny_demonstration(problem, rng)) for problem in chosen]
+    texts = [(p.prompt, tiny_demonstration(p, rng)) for p in rng.choices(problems, k=TINY_STEPS * TINY_BATCH)]
     recipe = repr((texts[:1000], TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE, inspect.getsource(tiny_policy)))
     folder = Path("runs") / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if folder.exists():
@@ -1119,17 +1093,12 @@ def tiny_policy() -> Path:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY_LEARNING_RATE, TINY_STEPS, pct_start=0.15)
     for step in tqdm(range(TINY_STEPS), desc="pretraining the tiny model", unit="step", disable=None):
         batch = texts[step * TINY_BATCH : (step + 1) * TINY_BATCH]
-        prompts, rows = ([tokenizer(text).input_ids for text in column] for column in zip(*batch, strict=True))
-        rows = [prompt + row + [end] for prompt, row in zip(prompts, rows, strict=True)]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [end] * (width - len(row)) for row in rows])              # (batch, width)
-        starts, ends = (torch.tensor([[len(x)] for x in column]) for column in (prompts, rows))
-        target = ((torch.arange(width) >= starts) & (torch.arange(width) < ends))[:, 1:]    # completion tokens only
-        loss = nn.functional.cross_entropy(model(ids).logits[:, :-1][target], ids[:, 1:][target])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        batch = [(tokenizer(prompt).input_ids, [*tokenizer(completion).input_ids, end]) for prompt, completion in batch]
+        ids = [torch.tensor(prompt + completion) for prompt, completion in batch]
+        labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in batch]  # no prompt
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)                 # (batch, width)
+        model(pad_sequence(ids, batch_first=True, padding_value=end), labels=labels).loss.backward()
+        optimizer_step(model, optimizer, max_grad_norm=1.0)
         schedule.step()
     save_model(folder, model, tokenizer)
     return folder
@@ -1144,11 +1113,10 @@ def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args
     prompts = pad_prompts([ids for ids, _ in problems[:2]], run.device)
     ends = torch.arange(0, config.vocab_size, 5, device=run.device)  # every fifth token ends a row: all at other times
     limit = 1e-3 if run.dtype == torch.float32 else 0.1  # nats; rounding is far below
+    uniforms = torch.rand(len(prompts[0]), 3, min(16, args.max_new_tokens), generator=torch.Generator().manual_seed(0))
 
     def gap(share_prompt: bool) -> float:
         """Between the sampler's log-probabilities and the re-scored ones, in nats per token."""
-        uniforms = len(prompts[0]), 3, min(16, args.max_new_tokens)
-        uniforms = torch.rand(uniforms, generator=torch.Generator().manual_seed(0))
         rows = prompts if share_prompt else [x.repeat_interleave(3, 0) for x in prompts]
         with torch.no_grad(), run.autocast():
             ids, mask, sampled = generate_completions(sampler, *prompts, uniforms, args.temperature, ends, share_prompt)
@@ -1160,14 +1128,14 @@ def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args
         raise UserError(f"this model's log-probabilities cannot be computed again: they are off by {alone:.2g} nats")
     try:
         shared = gap(share_prompt=True)
-        reason = f"its log-probabilities would be off by {shared:.2g} nats"
+        reason = "" if shared < limit else f"its log-probabilities would be off by {shared:.2g} nats"
     except (AttributeError, RuntimeError, ValueError) as error:
-        shared, reason = math.inf, first_sentence(error)
+        reason = first_sentence(error)
     if window < longest:
-        shared, reason = math.inf, f"it attends to the last {window} tokens of up to {longest}"
-    if not shared < limit:
+        reason = f"it attends to the last {window} tokens of up to {longest}"
+    if reason:
         run.say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
-    return shared < limit
+    return not reason
 
 
 def make_sampler(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -1196,7 +1164,6 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
         return
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         if state:
@@ -1219,10 +1186,6 @@ def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFas
 class RoomyLayer(DynamicLayer):
     """A layer of the cache with room for the tokens to come. DynamicLayer copies all it has for every new one."""
 
-    def reserve(self, tokens: int) -> None:
-        """Make the room, once the prompt is there."""
-        self.room = [nn.functional.pad(x, (0, 0, 0, tokens)) for x in (self.keys, self.values)]
-
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
         for room, new in zip(self.room, (keys, values), strict=True):
@@ -1236,11 +1199,11 @@ class RoomyLayer(DynamicLayer):
 
 
 def reserve(cache: Cache, tokens: int) -> None:
-    """Room for so many tokens more, in the layers that keep all of them."""
+    """Make room for so many tokens more, once the prompt is there, in the layers that keep all of them."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__ = RoomyLayer
-            layer.reserve(tokens)
+            layer.room = [nn.functional.pad(x, (0, 0, 0, tokens)) for x in (layer.keys, layer.values)]
 
 
 def digest(path: Path) -> str:
@@ -1332,10 +1295,10 @@ def main(args: Args) -> int:
     except UserError as error:
         code, sentence = 2, str(error)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as a CPU says it
+        if not re.search("out of memory|allocate memory", str(error)):  # as a GPU says it, and as a CPU does
             raise
-        code, sentence = 2, "out of memory: a lower --micro-batch-tokens, --num-prompts or --group-size helps, as does "
-        sentence += "--gradient-checkpointing"
+        flags = "a lower --micro-batch-tokens, --num-prompts or --group-size helps, as does --gradient-checkpointing"
+        code, sentence = 2, f"out of memory: {flags}"
     except KeyboardInterrupt:  # before the first step: there is nothing to save yet
         code = 130
     if sentence:
@@ -1379,8 +1342,7 @@ class Run:
         self.device = torch.device(name)
         if "RANK" in os.environ and not dist.is_initialized():  # set by torchrun
             if name == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
         if args.num_prompts // args.num_minibatches < world()[1]:
             raise UserError(f"{world()[1]} processes need as many --num-prompts for each of --num-minibatches")
@@ -1415,9 +1377,13 @@ class Run:
     def load_checkpoint(self, tokenizer: PreTrainedTokenizerFast, state: dict[str, object]) -> None:
         """Remember what a checkpoint holds, by name, and load the one that --resume names, if any."""
         self.tokenizer, self.state = tokenizer, {name: part for name, part in state.items() if part is not None}
-        auto = self.args.resume == "auto"
-        folders = self.checkpoints() if auto else [Path(self.args.resume or "")]
-        for folder in folders if self.args.resume else []:
+        if not self.args.resume:
+            return
+        folders = self.checkpoints() if self.args.resume == "auto" else [Path(self.args.resume)]
+        if not folders:
+            self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+            return
+        for folder in folders:
             try:
                 for name, expected in json.loads((folder / "sha256.json").read_text()).items():
                     if digest(folder / name) != expected:
@@ -1435,12 +1401,9 @@ class Run:
             self.step, self.before = saved["step"], saved["before"]
             self.say(f"going on from {folder}")
             return
-        if self.args.resume and (folders or not auto):
-            others = {*folders[0].parent.glob("step_*")} - {*folders} if folders else set()
-            instead = f"; there is also {', '.join(map(str, sorted(others)))}" if others else ""
-            raise UserError(f"--resume {self.args.resume}: no checkpoint that can be loaded{instead}")
-        if auto:
-            self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+        others = {*folders[0].parent.glob("step_*")} - {*folders}
+        instead = f"; there is also {', '.join(map(str, sorted(others)))}" if others else ""
+        raise UserError(f"--resume {self.args.resume}: no checkpoint that can be loaded{instead}")
 
     def changed_arguments(self, before: dict) -> list[str]:
         """Those that differ from a checkpoint's and may not."""
@@ -1460,16 +1423,16 @@ class Run:
         """Say what will be done, open the curves, and evaluate the policy as it is."""
         self.evaluation, self.started = evaluation, time.monotonic()
         size = sum(parameter.numel() for parameter in self.state["policy"].parameters())
-        trained = [part for part in self.state.values() if isinstance(part, tuple)]
+        trained = sum(isinstance(part, tuple) for part in self.state.values())  # models with an optimizer
         self.writer = None
         try:
             if world()[0] == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left in [*self.folder.glob(".step_*"), *self.folder.glob(".policy.*")]:
                     shutil.rmtree(left)  # by a save that was killed
-                free, gigabytes = shutil.disk_usage(self.folder).free, 12 * size * len(trained) / 1e9
-                if free < 3e9 * gigabytes:
-                    raise OSError(f"three checkpoints need {3 * gigabytes:.1f} GB and {free / 1e9:.1f} GB are free")
+                needed, free = 3 * 12e-9 * size * trained, 1e-9 * shutil.disk_usage(self.folder).free
+                if free < needed:
+                    raise OSError(f"three checkpoints need {needed:.1f} GB and {free:.1f} GB are free")
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.step and self.step + 1)
         except OSError as error:
             raise UserError(f"the run cannot be kept in {self.folder}: {error}") from None
@@ -1537,13 +1500,12 @@ class Run:
                 os.write(2, b"\nfinishing this step, then saving; once more to leave at once\n")
 
         self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        show = dict(initial=self.step, total=self.args.num_steps, desc=self.script, unit="step")
-        with tqdm(range(self.step, self.args.num_steps), disable=True if world()[0] else None, **show) as self.bar:
-            for step in self.bar:
+        show = dict(desc=self.script, unit="step", disable=True if world()[0] else None)
+        with tqdm(initial=self.step, total=self.args.num_steps, **show) as self.bar:
+            while self.step < self.args.num_steps and not self.stopping:
                 self.clock, self.laps = time.perf_counter(), {}
-                yield step
-                if self.stopping:
-                    break
+                yield self.step  # `log` counts it
+                self.bar.update()
 
     def lap(self, name: str) -> None:
         """The seconds since the last lap are those of `name`."""
@@ -1587,8 +1549,8 @@ class Run:
         """Evaluate a last time, save, and say in a line what was learned, where it is, and how to see it."""
         if self.args.eval_every and self.laps and not self.stopping:  # once, in whatever part of the run
             after = self.show_evaluation()
-            changes = [f"{self.before[name]:.3g} -> {after[name]:.3g}" for name in after if self.before]
-            if changes:
+            if self.before:
+                changes = [f"{self.before[name]:.3g} -> {after[name]:.3g}" for name in after]
                 self.say("held-out accuracy {} greedy, {} sampled; length {} tokens".format(*changes))
         if self.laps:
             self.save_checkpoint()
