@@ -61,6 +61,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -71,6 +72,7 @@ import torch.distributed.checkpoint.state_dict as dcp
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
@@ -486,10 +488,10 @@ def train(args: Args) -> Path:
     problems, held_out = load_problems(args)
     tokenizer, policy, eos_ids = load_policy(args.model, run.device)
     ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta > 0 else None     # no KL, no reference
+    prepare(ref_policy)
     sampler = make_sampler(policy, run.dtype)
     share_prompt = args.share_prompt and sharing_is_exact(policy, sampler, problems, args, run)
     prepare(policy, args.gradient_checkpointing)
-    prepare(ref_policy)
     # Differs: a constant learning rate, and `optimizer_step` clips the gradient's norm.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     run.load_checkpoint(tokenizer, {  # and say what a checkpoint holds
@@ -834,16 +836,18 @@ def completion_hidden(
         visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (B, query L, key L)
         # The padding stands last, so the triangle hides it from every token.
         visible = (visible & torch.ones_like(visible[0]).tril())[:, None]                   # (B, 1, L, L)
-        # Additive, because gemma2's eager attention adds a boolean mask as 0 and 1.
-        lowest = torch.finfo(backbone.dtype).min
-        attention_mask = torch.zeros(visible.shape, dtype=backbone.dtype, device=device).masked_fill(~visible, lowest)
+        # Additive, because gemma2's eager attention adds a boolean mask as 0 and 1; in the dtype of the computation.
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else backbone.dtype
+        attention_mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+        attention_mask = attention_mask.masked_fill(~visible, torch.finfo(dtype).min)
     hidden = backbone(ids, attention_mask=attention_mask, position_ids=position, use_cache=False).last_hidden_state
 
     # Token o_t is predicted one place before it; the first one at the end of the prompt.
     before = torch.arange(ids.shape[1], device=device).expand_as(ids) - 1                   # (B, L)
     before = torch.where(position == prompt_lengths, prompt_lengths - 1, before)
     row, column = (mask & (segment > 0)).nonzero(as_tuple=True)                             # (M,), (M,)
-    # index_select, because the backward of plain indexing adds in any order: a resumed run would end in other bits.
+    # index_select: on a CPU the backward of plain indexing adds in any order, so a resumed run would end in other bits.
     return hidden.flatten(0, 1).index_select(0, row * ids.shape[1] + before[row, column])   # (M, H)
 
 
@@ -1059,6 +1063,8 @@ def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args
     try:
         shared = gap(share_prompt=True)
         reason = "" if shared < limit else f"its log-probabilities would be off by {shared:.2g} nats"
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, RuntimeError, ValueError) as error:
         reason = first_sentence(error)
     if window < longest:
@@ -1107,6 +1113,7 @@ def reserve(cache: Cache, tokens: int) -> None:
         if type(layer) is DynamicLayer:
             layer.__class__ = RoomyLayer
             layer.room = [nn.functional.pad(x, (0, 0, 0, tokens)) for x in (layer.keys, layer.values)]
+            layer.keys, layer.values = (room[:, :, : layer.keys.shape[2]] for room in layer.room)
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, state: dict | None = None) -> None:
@@ -1189,8 +1196,11 @@ def prepare(model: nn.Module | None, gradient_checkpointing: bool = False) -> No
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if model else []
     for layer in layers if gradient_checkpointing else []:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    for module in [*layers, model] if model and dist.is_initialized() else []:
-        fully_shard(module)
+    if not model or not dist.is_initialized():
+        return
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world()[1],))
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
         module.set_force_sum_reduction_for_comms(True)
 
@@ -1234,6 +1244,8 @@ def main(args: Args) -> int:
     if sentence:
         print(f"{Path(__file__).name}: {sentence}", file=sys.stderr)
     if dist.is_initialized():
+        if code and dist.get_backend() == "nccl":
+            os._exit(code)  # to end the group would wait for the others, who wait for this one: torchrun ends them
         dist.destroy_process_group()
     return code
 
@@ -1272,11 +1284,14 @@ class Run:
         self.device = torch.device(name)
         if "RANK" in os.environ and not dist.is_initialized():  # set by torchrun
             if name == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            own = dict(backend="nccl", device_id=self.device) if name == "cuda" else dict(backend="gloo")
+            dist.init_process_group(timeout=timedelta(hours=2), **own)  # one may be writing a large checkpoint
         if args.num_prompts // args.num_minibatches < world()[1]:
             raise UserError(f"{world()[1]} processes need as many --num-prompts for each of --num-minibatches")
-        fast = name == "cuda" or (name == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+        native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = native or (name == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
         bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and fast and args.model != "tiny")
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         default = f"{script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1288,6 +1303,8 @@ class Run:
         if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
             raise UserError(f"--resume {args.resume}: there is no such folder of a checkpoint")
         keep_memory()
+        # cuDNN's attention with a mask has had NaN gradients and wrong decoding (pytorch issues 196678 and 193893).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
 
@@ -1396,7 +1413,7 @@ class Run:
         """Keep what was learned, and stop with a sentence."""
         if self.step:
             self.save_checkpoint()
-            add_up(torch.zeros((), device=self.device))  # the others wait for the one that writes
+            add_up(torch.zeros((), device=self.device)).item()  # the others wait for the one that writes
             reason += f"; {self.step} steps are kept: go on with --run-name {self.folder.name} --resume auto"
         raise UserError(reason)
 
