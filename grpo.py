@@ -300,7 +300,7 @@ def generate_completions(
     reserve(cache, max_new_tokens)
 
     completion_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)           # (N, T)
-    logprobs = torch.zeros(uniforms.shape, device=device)                                   # (N, T)
+    logprobs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)              # (N, T)
     rows = torch.arange(len(uniforms), device=device)                                       # those still in the batch
     running = torch.ones_like(rows, dtype=torch.bool)                                       # (rows,), no end token yet
     visible = torch.cat([prompt_mask, torch.ones_like(completion_ids, dtype=torch.bool)], dim=1).long()  # (N, P + T)
