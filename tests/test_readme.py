@@ -5,6 +5,7 @@ every symbol, and every command with its flags."""
 import ast
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import tyro
 
 import grpo
 import ppo
+from running import CI, curves, finish, start
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -109,3 +111,35 @@ def test_every_command_has_flags_that_exist(command):
     words = shlex.split(command.replace("S`", "1"))[2:]
     words = ["1" if word == "S" else word for word in words if word != "--help"]
     script.complete_args(tyro.cli(script.Args, args=words))
+
+
+# ----- The worked example -----
+
+EXAMPLE = README.partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_worked_example_is_short():
+    assert 0 < len([line for line in EXAMPLE.splitlines() if line.strip()]) < 20
+
+
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_the_worked_example_trains_in_place_of_the_block_that_it_replaces(script, tmp_path, monkeypatch):
+    """In the CI profile it also learns; else the tiny model is hardly pretrained, and trains for two steps."""
+    before, _, rest = FILES[f"{script}.py"].partition("# ============================ CHANGE THIS")
+    block, _, after = rest.partition("# ========================= end of the block to change")
+    assert "tiny_demonstration" in block
+    text = f"{before}{EXAMPLE}\n\n#{after}"
+    if not CI:
+        assert "TINY_LEARNING_RATE, TINY_HELD_OUT = 500, " in text
+        text = text.replace("TINY_LEARNING_RATE, TINY_HELD_OUT = 500, ", "TINY_LEARNING_RATE, TINY_HELD_OUT = 30, ")
+    for name in ("advantage.py", "kl.py"):
+        (tmp_path / name).write_text(FILES[name])
+    (tmp_path / f"{script}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    steps = 30 if CI else 2
+    flags = f"--run-name a --num-steps {steps} --eval-every {steps} --max-new-tokens 8 --device cpu --num-prompts 32"
+    flags += " --group-size 8" if script == "ppo" else ""
+    said = finish(start([sys.executable, f"{script}.py", *flags.split()]))
+    assert "held-out accuracy" in said
+    (_, first), *_, (_, last) = curves("a")["eval/sampled"]
+    assert not CI or (first < 0.4 and last > 0.9), said

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The README's evidence, from real runs of grpo.py and ppo.py on the embedded task.
 
-    python tests/bench/evidence.py runs                                every experiment: about an hour on two cores
-    python tests/bench/evidence.py runs --only kl --seeds 1 2 --steps 4 --csv /tmp/trial/evidence    a short trial
-    python tests/bench/evidence.py tables                              the README's tables, in markdown
-    python tests/bench/evidence.py pictures                            .github/learning-light.svg and -dark.svg
+    python tests/bench/evidence.py runs --only learning                  a hundred steps: where it ends
+    python tests/bench/evidence.py runs --only learning --steps 20       the first steps, evaluated every other one
+    python tests/bench/evidence.py runs --only variants group_size --steps 10
+    python tests/bench/evidence.py runs --only kl --steps 40
+    python tests/bench/evidence.py tables --only kl                      the README's tables, in markdown
+    python tests/bench/evidence.py pictures --steps 20                   .github/learning-light.svg and -dark.svg
 
-Pictures want tests/bench/requirements-evidence.txt. Each group of experiments has a file GROUP.csv in --csv, and its
+Pictures want tests/bench/requirements-evidence.txt. Each group of experiments has a file GROUP-STEPS.csv in --csv; its
 first lines say how to repeat it. A run that stands there is not run again, so what was stopped goes on with the same
 command; one whose flags have changed below is run anew. Runs live in runs/evidence/, with a tiny model of their own.
 
@@ -66,6 +68,10 @@ COLUMNS = {  # of a file: (curve of the run, format in the tables, axis of its p
 COLOURS = {"GRPO": "#1f7fc4", "PPO": "#d55e00"}  # told apart by every eye; contrast above 3.8 on white and near-black
 
 
+def csv_of(group: str, args: argparse.Namespace) -> Path:
+    return args.csv / f"{group}-{args.steps}.csv"
+
+
 def read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The comments and the rows of a file; none where there is no file."""
     lines = path.read_text().splitlines() if path.exists() else []
@@ -74,11 +80,10 @@ def read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 def write(path: Path, head: list[str], rows: list[dict[str, str]]) -> None:
     """The whole file, aside and renamed: who is stopped here loses nothing."""
-    order, seeds = [*EXPERIMENTS[path.stem]], sorted({int(row["seed"]) for row in rows})
+    order, seeds = [*EXPERIMENTS[path.stem.rpartition("-")[0]]], sorted({int(row["seed"]) for row in rows})
     rows.sort(key=lambda row: (order.index(row["name"]), int(row["seed"])))
     lines = [*head, f"# seeds: {' '.join(map(str, seeds))}", ",".join(rows[0]), *(",".join(x.values()) for x in rows)]
-    aside = path.with_suffix(".aside")
-    aside.write_text("\n".join([*lines, ""]))
+    (aside := path.with_suffix(".aside")).write_text("\n".join([*lines, ""]))
     aside.replace(path)
 
 
@@ -103,7 +108,7 @@ def one_run(group: str, name: str, seed: int, steps: int) -> list[dict[str, str]
     command, folder = EXPERIMENTS[group][name], WORK / "runs" / re.sub(r"\W+", "-", f"{group}-{name}-{seed}")
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped
     script, *words = f"{command} --seed {seed} --num-steps {steps} --device cpu --run-name {folder.name}".split()
-    words += ["--eval-every", "10" if group == "learning" else str(steps), "--save-every", "0"]
+    words += ["--eval-every", str(steps // 10 if group == "learning" else steps), "--save-every", "0"]
     done = subprocess.run([sys.executable, ROOT / script, *words], cwd=WORK, capture_output=True, text=True)
     if done.returncode or f"\n{steps} steps, " not in done.stderr:
         sys.exit(f"{script} {' '.join(words)} failed or was stopped:\n{done.stderr[-2000:]}")
@@ -118,7 +123,7 @@ def one_run(group: str, name: str, seed: int, steps: int) -> list[dict[str, str]
     found["exact_kl"] = {steps: exact_kl(folder / "policy")}
     row = {"name": name, "seed": str(seed), "command": command}
     show = lambda x: "" if x is None else f"{float(f'{x:.4g}'):g}"
-    points = sorted({*range(2, steps, 2), *found["greedy"]}) if group == "learning" else [steps]
+    points = sorted({*range(0, steps, -(-steps // 50)), *found["greedy"]}) if group == "learning" else [steps]
     return [row | {"step": str(i), **{column: show(found[column].get(i)) for column in COLUMNS}} for i in points]
 
 
@@ -146,9 +151,9 @@ def runs(args: argparse.Namespace) -> None:
 
     todo, heads, files, lock = [], {}, {}, threading.Lock()
     for group in args.only:
-        heads[group], (head, rows) = header(group, args), read(args.csv / f"{group}.csv")
+        heads[group], (head, rows) = header(group, args), read(csv_of(group, args))
         if head and head[:-1] != heads[group]:
-            sys.exit(f"{group}.csv is of other options, commit or machine: remove it, or choose another --csv")
+            sys.exit(f"{csv_of(group, args)} is of other options, commit or machine: remove it, or take another --csv")
         files[group] = [row for row in rows if EXPERIMENTS[group].get(row["name"]) == row["command"]]
         done = {(group, row["name"], int(row["seed"])) for row in files[group]}
         seeds = args.seeds or range(1, 11 if group == "learning" else 4)
@@ -156,13 +161,14 @@ def runs(args: argparse.Namespace) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     args.csv.mkdir(parents=True, exist_ok=True)
     os.chdir(WORK)
+    grpo.transformers_logging.disable_progress_bar()
     grpo.tiny_policy()  # once, before runs that would all do it
 
     def keep(job: tuple[str, str, int]) -> None:
         group, rows = job[0], one_run(*job, args.steps)
         with lock:
             files[group] += rows
-            write(args.csv / f"{group}.csv", heads[group], files[group])
+            write(csv_of(group, args), heads[group], files[group])
             print(f"{group}:", ", ".join(f"{column} {value}" for column, value in rows[-1].items()), flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -174,7 +180,7 @@ def tables(args: argparse.Namespace) -> None:
     forms = {column: form for column, (_, form, _) in COLUMNS.items() if form}
     cell = lambda x, form: f"{np.mean(x):{form}} ({min(x):{form}} to {max(x):{form}})" if x else ""
     for group in args.only:
-        head, rows = read(args.csv / f"{group}.csv")
+        head, rows = read(csv_of(group, args))
         print("", *head, "", f"| | {' | '.join(forms)} |", "|---" * (len(forms) + 1) + "|", sep="\n")
         for name, step in [("before", "0"), *((name, str(args.steps)) for name in EXPERIMENTS[group])]:
             found = [row for row in rows if row["step"] == step and name in ("before", row["name"])]
@@ -187,7 +193,7 @@ def pictures(args: argparse.Namespace) -> None:
     """A thin line: a seed. A thick one: their mean. The band: one standard deviation up and down."""
     from matplotlib import pyplot
 
-    _, rows = read(args.csv / "learning.csv")
+    _, rows = read(csv_of("learning", args))
     for theme, text in (("light", "#1f2328"), ("dark", "#f0f6fc")):
         style = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), text)
         style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.2}
@@ -204,8 +210,7 @@ def pictures(args: argparse.Namespace) -> None:
                     axes.plot(steps, mean, color=colour, linewidth=2.2, label=f"{name}, {seeds.shape[1]} seeds")
                 axes.set(ylabel=label, ylim=(0, None), xlabel="step" if axes in panels[1] else "")
             panels[0, 0].legend(frameon=False, loc="lower right")
-            path = args.csv.parent / f"learning-{theme}.svg"
-            figure.savefig(path, transparent=True, metadata={"Date": None})
+            figure.savefig(path := args.csv.parent / f"learning-{theme}.svg", transparent=True, metadata={"Date": None})
         path.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", path.read_text()))  # a hundredth of a point will do
 
 
