@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Training end to end, in both scripts: real runs of a few steps, real processes, real signals."""
 
+import ctypes
 import dataclasses
 import functools
 import os
@@ -208,3 +209,24 @@ def test_a_signal_finishes_the_step_saves_and_leaves(script, number):
     assert "Traceback" not in said
     assert len(list(Path("runs/a").glob("step_*"))) == 1
     assert AutoModelForCausalLM.from_pretrained("runs/a/policy")
+
+
+GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+HELD = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import grpo
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20  # MiB
+{call}
+before, tensors = resident(), [torch.ones(2**20) for _ in range(100)]  # 400 MiB
+del tensors
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="this is about glibc's malloc")
+@pytest.mark.parametrize(("call", "kept"), [("", False), ("grpo.keep_memory()", True)])
+def test_the_memory_of_a_step_stays_with_the_process_for_the_next(call, kept):
+    code = HELD.format(root=str(ROOT), call=call)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert (float(said) > 300) == kept

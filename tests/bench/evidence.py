@@ -209,6 +209,7 @@ def pictures(args: argparse.Namespace) -> None:
                     axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
                     axes.plot(steps, mean, color=colour, linewidth=2.2, label=f"{name}, {seeds.shape[1]} seeds")
                 axes.set(ylabel=label, ylim=(0, None), xlabel="step" if axes in panels[1] else "")
+                axes.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True))
             panels[0, 0].legend(frameon=False, loc="lower right")
             figure.savefig(path := args.csv.parent / f"learning-{theme}.svg", transparent=True, metadata={"Date": None})
         path.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", path.read_text()))  # a hundredth of a point will do
