@@ -45,7 +45,7 @@ VARIANTS = {  # name: command
     "process supervision": "grpo.py --process-supervision",
     "PPO": "ppo.py",
 }
-KL = "grpo.py --update-epochs 2 --beta 0.2"  # more than the default of 0.04, so that the placements can be told apart
+KL = "grpo.py --update-epochs 2 --beta 1"  # more than the default of 0.04, so that the placements can be told apart
 KLS = {
     "no KL": "grpo.py --update-epochs 2 --beta 0",
     **{f"{k} in the loss": f"{KL} --kl-estimator {k}" for k in ("k1", "k2", "k3")},
