@@ -302,6 +302,8 @@ def test_an_unknown_ratio_level_and_shapes_that_would_broadcast_are_refused():
     ):
         with pytest.raises(ValueError, match=r"^(all tensors must be \(N, T\)|ratio_level must be one of)"):
             grpo_loss(*batch, x, ratio_level=level)
+    with pytest.raises(ValueError, match=r"^all tensors must be \(N, T\)"):
+        grpo_loss(x[0], x[0], x[0], x[0], mask[0], x[0])  # a row alone
 
 
 # ----- Padding and micro-batches -----
