@@ -527,9 +527,9 @@ def train(args: Args) -> Path:
         # Without a KL, a group of equal rewards teaches nothing: its advantages are 0 and so is its gradient.
         teaches = (rewards.amax(1) > rewards.amin(1)) | (args.beta > 0) | args.process_supervision  # (B,)
         # Minibatches, one update each, of micro-batches (prompts, rows): indices into the B prompts and N completions.
+        k = completions_per_row(prompt_mask, completion_mask, policy) if share_prompt else 1
         minibatches = split_batch(
-            prompt_mask, completion_mask, teaches, args.num_minibatches, args.micro_batch_tokens, share_prompt,
-            generator,
+            prompt_mask, completion_mask, teaches, args.num_minibatches, args.micro_batch_tokens, k, generator
         )
         # Differs: pi_old is never the sampler's. With one update per step it is pi_theta itself, else it is scored here
         # by the forward pass of the update: the first ratio is exactly 1.
@@ -874,12 +874,23 @@ def check_shapes(**tensors: Tensor) -> None:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"all tensors must be (N, T), got {shapes}")
 
-MAX_ROW_TOKENS = 2048  # the longest packed row: attention within a row costs the square of its length
+
+def completions_per_row(prompt_mask: Tensor, completion_mask: Tensor, policy: nn.Module) -> int:
+    """k: of the G completions of a prompt, how many share its row in the update. More of them compute the prompt less
+    often, but every token is compared with the whole row: in a row of L tokens a layer of hidden size H does about
+    12 H^2 + 2 H L = 2 H (6 H + L) multiplications a token. The k that is cheapest for a completion.
+
+    Args: prompt_mask (B, P), completion_mask (N, T); policy: its config names the hidden size H.
+    """
+    group_size, hidden_size = len(completion_mask) // len(prompt_mask), policy.config.get_text_config().hidden_size
+    prompt, completion = (mask.sum().item() / len(mask) for mask in (prompt_mask, completion_mask))  # mean tokens
+    divisors = [k for k in range(1, group_size + 1) if group_size % k == 0]
+    return min(divisors, key=lambda k: (prompt / k + completion) * (6 * hidden_size + prompt + k * completion))
 
 
 def split_batch(
     prompt_mask: Tensor, completion_mask: Tensor, teaches: Tensor, num_minibatches: int, micro_batch_tokens: int,
-    share_prompt: bool, generator: torch.Generator,
+    k: int, generator: torch.Generator,
 ) -> list[list[tuple[Tensor, Tensor]]]:
     """Cut the batch at random into minibatches, one optimizer update each, and these, the longest rows together, into
     micro-batches, one forward and backward pass each, of at most `micro_batch_tokens` tokens where a row is not longer.
@@ -888,11 +899,8 @@ def split_batch(
     (prompts, rows), indices into the B prompts and the N completions, k = len(rows) / len(prompts) of which share the
     row of their prompt (see `completion_hidden`). Every process gets as many.
     """
-    (num_rows, width), group_size = completion_mask.shape, len(completion_mask) // len(prompt_mask)
-    longest = MAX_ROW_TOKENS if share_prompt else 0
-    fits = [n for n in range(1, group_size + 1) if group_size % n == 0 and prompt_mask.shape[1] + n * width <= longest]
-    k = max(fits, default=1)
-    packs = group_size // k                                                                 # packed rows per prompt
+    num_rows = len(completion_mask)
+    packs = num_rows // len(prompt_mask) // k                                               # packed rows per prompt
     prompt_tokens, completion_tokens = prompt_mask.sum(1).cpu(), completion_mask.sum(1).cpu()
     tokens = prompt_tokens.repeat_interleave(packs) + completion_tokens.reshape(-1, k).sum(1)  # (B packs,)
     teaches = teaches.cpu().repeat_interleave(packs)                                        # (B packs,)

@@ -260,7 +260,7 @@ def test_pitfall_07_a_group_stays_whole_and_with_its_prompt_when_others_are_drop
 
     def check():
         generator = torch.Generator().manual_seed(0)
-        micro_batches = script.split_batch(prompt_mask, completion_mask, teaches, 1, 1, True, generator)[0]
+        micro_batches = script.split_batch(prompt_mask, completion_mask, teaches, 1, 1, 3, generator)[0]
         groups = {int(prompts): rows.tolist() for prompts, rows in micro_batches}
         assert groups == {0: [0, 1, 2], 3: [9, 10, 11]}
 

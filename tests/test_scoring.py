@@ -153,32 +153,35 @@ def test_the_log_softmax_is_float32_over_a_bfloat16_model():
 def test_micro_batches_hold_every_row_once_and_keep_to_the_budget():
     _, prompt_mask, _, completion_mask = make_batch(num_prompts=12, group_size=6, width=9)
     everything = torch.ones(12, dtype=torch.bool)
-    for share_prompt, budget, num_minibatches in ((True, 60, 3), (False, 25, 2), (True, 1, 1), (True, 10**6, 4)):
+    for k, budget, num_minibatches in ((6, 60, 3), (1, 25, 2), (6, 1, 1), (6, 10**6, 4), (2, 40, 3)):
         generator = torch.Generator().manual_seed(0)
-        cut = grpo.split_batch(
-            prompt_mask, completion_mask, everything, num_minibatches, budget, share_prompt, generator
-        )
+        cut = grpo.split_batch(prompt_mask, completion_mask, everything, num_minibatches, budget, k, generator)
         assert len(cut) == num_minibatches
         assert sorted(i for minibatch in cut for _, rows in minibatch for i in rows.tolist()) == list(range(72))
         for prompts, rows in (micro for minibatch in cut for micro in minibatch):
-            share = len(rows) // len(prompts)
-            assert share == (6 if share_prompt else 1)
-            assert torch.equal(rows.view(-1, share) // 6, prompts[:, None].expand(-1, share))
-            tokens = prompt_mask.sum(1)[prompts] + completion_mask.sum(1)[rows].view(-1, share).sum(1)
+            assert len(rows) == k * len(prompts)
+            assert torch.equal(rows.view(-1, k) // 6, prompts[:, None].expand(-1, k))
+            tokens = prompt_mask.sum(1)[prompts] + completion_mask.sum(1)[rows].view(-1, k).sum(1)
             assert len(prompts) == 1 or len(prompts) * tokens.max() <= budget
 
 
 def test_groups_that_teach_nothing_are_left_out_whole():
     _, prompt_mask, _, completion_mask = make_batch(num_prompts=4, group_size=3)
     teaches = torch.tensor([True, False, False, True])
-    cut = grpo.split_batch(prompt_mask, completion_mask, teaches, 2, 100, True, torch.Generator().manual_seed(0))
+    cut = grpo.split_batch(prompt_mask, completion_mask, teaches, 2, 100, 3, torch.Generator().manual_seed(0))
     assert sorted(i for minibatch in cut for _, rows in minibatch for i in rows.tolist()) == [0, 1, 2, 9, 10, 11]
 
 
-def test_a_long_group_is_cut_into_rows_that_attention_can_afford(monkeypatch):
-    monkeypatch.setattr(grpo, "MAX_ROW_TOKENS", 5 + 2 * 9)
-    _, prompt_mask, _, completion_mask = make_batch(num_prompts=2, group_size=6, width=9)
-    cut = grpo.split_batch(
-        prompt_mask, completion_mask, torch.ones(2, dtype=torch.bool), 1, 10**6, True, torch.Generator().manual_seed(0)
-    )
-    assert [(len(prompts), len(rows)) for prompts, rows in cut[0]] == [(6, 12)]
+@pytest.mark.parametrize(
+    ("group_size", "prompt", "completion", "hidden_size", "expected"),
+    [  # in the first line, what was fastest when it was measured
+        (8, 92, 225, 576, 2), (16, 82, 64, 576, 8), (8, 92, 48, 576, 8), (8, 6, 17, 96, 4), (32, 6, 17, 96, 4),
+        (16, 2000, 10, 576, 16), (16, 10, 500, 576, 1),
+    ],
+)  # fmt: skip
+def test_prompts_are_shared_as_often_as_is_fastest(group_size, prompt, completion, hidden_size, expected):
+    policy = make_model("llama")
+    policy.config.hidden_size = hidden_size
+    masks = [torch.ones(shape, dtype=torch.bool) for shape in ((2, prompt), (2 * group_size, completion))]
+    padded = [torch.cat([mask, torch.zeros_like(mask)], dim=1) for mask in masks]
+    assert grpo.completions_per_row(*masks, policy) == grpo.completions_per_row(*padded, policy) == expected

@@ -18,10 +18,10 @@ SHARED = {
     "generate_completions", "gathering_weights", "completion_hidden", "output_logits", "completion_logprobs",
     "loss_weights", "UserError", "first_sentence", "complete_args", "load_problems", "read_problems",
     "checked_problem", "load_tokenizer", "encode_prompt", "next_problems", "pad_prompts", "decode", "evaluate",
-    "check_shapes", "split_batch", "score_batch", "optimizer_step", "Curves", "load_policy", "tiny_policy",
-    "sharing_is_exact", "make_sampler", "refresh_sampler", "RoomyLayer", "reserve", "save_model", "digest", "world",
-    "share", "gather", "add_up", "whole", "prepare", "full_state", "load_full_state", "main", "keep_memory",
-    "seed_step", "Run",
+    "check_shapes", "completions_per_row", "split_batch", "score_batch", "optimizer_step", "Curves", "load_policy",
+    "tiny_policy", "sharing_is_exact", "make_sampler", "refresh_sampler", "RoomyLayer", "reserve", "save_model",
+    "digest", "world", "share", "gather", "add_up", "whole", "prepare", "full_state", "load_full_state", "main",
+    "keep_memory", "seed_step", "Run",
 }  # fmt: skip
 # Where the papers themselves choose differently.
 OWN_DEFAULTS = {"num_prompts", "group_size", "update_epochs", "num_minibatches", "beta", "kl_estimator", "kl_placement"}

@@ -172,7 +172,7 @@ def with_more_padding(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
 
 
 def in_packed_rows_of_two(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-    patch.setattr(script, "MAX_ROW_TOKENS", max(map(len, PROMPTS)) + 2 * COMMON["max_new_tokens"])
+    patch.setattr(script, "completions_per_row", lambda *_: 2)
 
 
 def in_pieces_of_three_tokens(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
