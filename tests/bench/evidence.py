@@ -5,6 +5,8 @@
     python tests/bench/evidence.py runs --only learning --steps 20       the first steps, evaluated every other one
     python tests/bench/evidence.py runs --only variants group_size --steps 10
     python tests/bench/evidence.py runs --only kl --steps 40
+    python tests/bench/evidence.py sums                                  writes sums_train.jsonl and sums_test.jsonl
+    python tests/bench/evidence.py runs --only pretrained --steps 40     a real model, in folder smollm2, learns them
     python tests/bench/evidence.py tables --only kl                      the README's tables, in markdown
     python tests/bench/evidence.py pictures --steps 20                   .github/learning-light.svg and -dark.svg
 
@@ -13,13 +15,15 @@ first lines say how to repeat it. A run that stands there is not run again, so w
 command; one whose flags have changed below is run anew. Runs live in runs/evidence/, with a tiny model of their own.
 
 Columns: reward, length (tokens) and kl (nats a token, as the run estimates it) of the completions sampled in a step;
-greedy, sampled (accuracies), eval_length and exact_kl (nats a token, whatever the run estimates) on the 512 held-out
-problems after it; completion_tokens sampled, and seconds of sampling and updating, from the first step through it.
+greedy, sampled (accuracies), eval_length and exact_kl (nats a token, whatever the run estimates; tiny model only), on
+the held-out problems after it; completion_tokens sampled, and seconds of sampling and updating, of all steps so far.
 """
 
 import argparse
 import csv
+import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -33,7 +37,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "runs" / "evidence"
-COMPLETIONS = 256  # a step, in every experiment
+COMPLETIONS = 256  # a step, in every experiment with the tiny model
 VARIANTS = {  # name: command
     "GRPO": "grpo.py",
     "Dr. GRPO": "grpo.py --advantage-scale none --loss-average constant --beta 0",
@@ -53,7 +57,10 @@ KLS = {
     **{f"{k} in the reward": f"{KL} --kl-estimator {k} --kl-placement reward" for k in ("k1", "k2", "k3")},
 }
 SIZES = {f"G = {g}": f"grpo.py --group-size {g} --num-prompts {COMPLETIONS // g}" for g in (2, 4, 8, 16, 32)}
+SUMS = "--model ../../smollm2 --data sums_train.jsonl --eval-data sums_test.jsonl"
+PRETRAINED = {"SmolLM2": f"grpo.py {SUMS} --num-prompts 16 --max-new-tokens 8 --learning-rate 1e-5"}
 EXPERIMENTS = {"learning": {"GRPO": "grpo.py", "PPO": "ppo.py"}, "variants": VARIANTS, "kl": KLS, "group_size": SIZES}
+EXPERIMENTS |= {"pretrained": PRETRAINED}
 COLUMNS = {  # of a file: (curve of the run, format in the tables, axis of its panel)
     "reward": ("reward/mean", "", "mean reward, 0 to 1"),
     "length": ("completion/length", "", "completion length, tokens"),
@@ -119,11 +126,13 @@ def one_run(group: str, name: str, seed: int, steps: int) -> list[dict[str, str]
         found["kl"] = {}  # without a reference it is not measured
     sample, update = curve("time/sample"), curve("time/update")
     found["seconds"] = dict(zip(sample, np.cumsum([*sample.values()]) + np.cumsum([*update.values()]), strict=True))
-    found["completion_tokens"] = dict(zip(sample, COMPLETIONS * np.cumsum([*found["length"].values()]), strict=True))
-    found["exact_kl"] = {steps: exact_kl(folder / "policy")}
+    completions = 16 * 8 if group == "pretrained" else COMPLETIONS
+    found["completion_tokens"] = dict(zip(sample, completions * np.cumsum([*found["length"].values()]), strict=True))
+    found["exact_kl"] = {steps: exact_kl(folder / "policy")} if group != "pretrained" else {}
     row = {"name": name, "seed": str(seed), "command": command}
     show = lambda x: "" if x is None else f"{float(f'{x:.4g}'):g}"
-    points = sorted({*range(0, steps, -(-steps // 50)), *found["greedy"]}) if group == "learning" else [steps]
+    points = sorted({*range(0, steps, -(-steps // 50)), *found["greedy"]})
+    points = points if group in ("learning", "pretrained") else [steps]
     return [row | {"step": str(i), **{column: show(found[column].get(i)) for column in COLUMNS}} for i in points]
 
 
@@ -162,7 +171,9 @@ def runs(args: argparse.Namespace) -> None:
     args.csv.mkdir(parents=True, exist_ok=True)
     os.chdir(WORK)
     grpo.transformers_logging.disable_progress_bar()
-    grpo.tiny_policy()  # once, before runs that would all do it
+    if {*args.only} != {"pretrained"}:
+        grpo.tiny_policy()  # once, before runs that would all do it
+    sums(args)
 
     def keep(job: tuple[str, str, int]) -> None:
         group, rows = job[0], one_run(*job, args.steps)
@@ -175,8 +186,23 @@ def runs(args: argparse.Namespace) -> None:
         [*pool.map(keep, todo)]  # a run that fails or is stopped ends them all; what is done is kept
 
 
+def sums(_: argparse.Namespace) -> None:
+    """Sums of two numbers up to 25 as JSON lines, after two examples, without which the model hardly answers. The pairs
+    of the examples are left out, and b + a goes where a + b goes: into the training data or among the held-out."""
+    rng, examples = random.Random(0), ((3, 4), (5, 12))
+    ask = lambda a, b: {"role": "user", "content": f"{a} + {b} ="}
+    shown = [turn for a, b in examples for turn in (ask(a, b), {"role": "assistant", "content": f"#### {a + b}"})]
+    pairs = [(a, b) for a in range(1, 26) for b in range(a, 26) if (a, b) not in examples]
+    rng.shuffle(pairs)
+    for path, part in (("sums_train.jsonl", pairs[:200]), ("sums_test.jsonl", pairs[200:])):
+        both = [pair for a, b in part for pair in sorted({(a, b), (b, a)})]
+        lines = [json.dumps({"prompt": [*shown, ask(a, b)], "answer": str(a + b)}) for a, b in both]
+        Path(path).write_text("\n".join([*lines, ""]))
+
+
 def tables(args: argparse.Namespace) -> None:
-    """Mean and range over the seeds; before training, where that was measured, and after it."""
+    """Mean and range over the seeds; before training, where that was measured, and after it. The runs of pretrained one
+    by one, with the 95 % interval of Wilson for its 236 held-out problems."""
     forms = {column: form for column, (_, form, _) in COLUMNS.items() if form}
     cell = lambda x, form: f"{np.mean(x):{form}} ({min(x):{form}} to {max(x):{form}})" if x else ""
     for group in args.only:
@@ -187,6 +213,12 @@ def tables(args: argparse.Namespace) -> None:
             cells = [cell([float(row[column]) for row in found if row[column]], forms[column]) for column in forms]
             if found:
                 print(re.sub(r"(\S+) \(\1 to \1\)", r"\1", f"| {name} | {' | '.join(cells)} |"))  # all seeds agree
+        for row in rows if group == "pretrained" else ():
+            for column in ("greedy", "sampled") if row["greedy"] else ():
+                p, z = float(row[column]), 1.96**2 / 236
+                middle, half = (p + z / 2) / (1 + z), (z * (p * (1 - p) + z / 4)) ** 0.5 / (1 + z)
+                found = f"{column} {p:.3f} ({middle - half:.3f} to {middle + half:.3f})"
+                print(f"seed {row['seed']}, step {row['step']}: {found}")
 
 
 def pictures(args: argparse.Namespace) -> None:
@@ -217,12 +249,13 @@ def pictures(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("runs", "tables", "pictures"))
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=[*EXPERIMENTS], help="groups of experiments")
+    parser.add_argument("what", choices=("runs", "tables", "pictures", "sums"))
+    every = [group for group in EXPERIMENTS if group != "pretrained"]  # which must be asked for
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=every, help="groups of experiments")
     parser.add_argument("--seeds", nargs="+", type=int, help="by default 1 to 10 for learning, else 1 to 3")
     parser.add_argument("--steps", type=int, default=100, help="of every run; fewer for a trial")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; jobs x threads above the cores cost seconds")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every run")
     parser.add_argument("--csv", type=lambda x: Path(x).resolve(), default=ROOT / ".github/evidence", help="the folder")
     args = parser.parse_args()
-    {"runs": runs, "tables": tables, "pictures": pictures}[args.what](args)
+    {"runs": runs, "tables": tables, "pictures": pictures, "sums": sums}[args.what](args)
