@@ -21,7 +21,7 @@ mean; the KL pulls it back to the reference policy, where it still speaks the la
     o_i          completion_ids      (N, T)    N = B * G completions, padded on the right to the step's longest
     |o_i|        completion_mask     (N, T)    true through the end token, by length: the end token is trained too
     r_i          rewards             (B, G)    what the task pays for a completion
-    A_{i,t}      advantages          (N, T)    in standard deviations of the group (in rewards with scale "none")
+    A_{i,t}      advantages          (N, T)    in group standard deviations (in rewards with scale "none")
     pi_theta     logprobs            (N, T)    log pi_theta(o_{i,t} | q, o_{i,<t}) at the sampling temperature, in nats
     pi_old       old_logprobs        (N, T)    the same under the weights that sampled
     pi_ref       ref_logprobs        (N, T)    the same under the reference policy, frozen
@@ -116,12 +116,12 @@ class Args:
     learning_rate: float | None = None
     """of AdamW; by default 5e-4 for the tiny model, else 1e-6 (DeepSeekMath 4.2)"""
     max_grad_norm: float = 1.0
-    """the gradient of an update is scaled down to this norm"""
+    """a gradient of larger norm is scaled down to this norm"""
     # The loss
     beta: float = 0.04
     """weight of the KL from the reference policy (DeepSeekMath 4.2); 0 loads no reference policy"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """estimator of KL[policy, reference]: k3 is DeepSeekMath Eq. 4; k1 does nothing in the loss, see kl.py"""
+    """estimator of KL[policy, reference]: k3 is DeepSeekMath Eq. 4; k1 is mere noise in the loss, see kl.py"""
     kl_placement: Literal["loss", "reward"] = "loss"
     """"loss": DeepSeekMath Eq. 3; "reward": subtracted from the reward as in PPO for RLHF, which wants k1, see kl.py"""
     kl_importance_weight: bool = False
@@ -141,14 +141,14 @@ class Args:
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
     """subtracted from the reward: the group's mean (DeepSeekMath) or the mean of the others (RLOO)"""
     process_supervision: bool = False
-    """reward every step of a completion with step_rewards (DeepSeekMath 4.1.3) instead of its outcome"""
+    """reward every step of a completion with step_rewards (DeepSeekMath 4.1.3), its outcome as the last of them"""
     mask_truncated: bool = False
     """leave completions without an end token out of the loss (DAPO's overlong filtering)"""
     # The machine
     share_prompt: bool = True
     """compute a prompt once for its group, in sampling and in scoring; switched off where a model cannot do it"""
     micro_batch_tokens: int = 8192
-    """most tokens, padding included, in one forward and backward pass; does not change the gradient"""
+    """most tokens, padding included, in one pass (a longer row goes alone); changes the gradient by rounding only"""
     gradient_checkpointing: bool = False
     """compute every layer again in the backward pass instead of keeping what it needs: less memory, a third slower"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -203,9 +203,9 @@ def reward(completion: str, answer: str) -> float:
 
 
 def step_rewards(completion: str, answer: str) -> list[tuple[int, float]]:
-    """For --process-supervision: (end, reward) of each step, `end` in characters. The last one ends the completion.
+    """For --process-supervision: (end, reward) of each step, `end` in characters. The last step is the outcome.
 
-    A column such as 5+7=12 or 1+4+1=6 earns 1 if it is true and its last digit is that of the answer.
+    The first two columns, such as 5+7=12;1+4+1=6, earn 1 each if true and ending in the answer's digit of that place.
     """
     steps, digits, end = [], answer.zfill(3)[::-1], 0
     for place, column in enumerate(re.split(r"(?<=;)", completion.partition("#")[0])):
@@ -257,7 +257,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
-STOP_TEST_EVERY = 4  # tokens; a test waits for the device, and leaving out finished rows copies the others
+STOP_TEST_EVERY = 4  # tokens; each test waits for the device, and dropping finished rows copies the others
 
 
 @torch.no_grad()
@@ -277,11 +277,11 @@ def generate_completions(
         uniforms: (B, G, T), a random number for every token of G completions, T the longest. Drawn in advance, so
             what a row samples depends neither on the other rows nor on the process that runs it.
         eos_ids: (E,), every id that ends a completion.
-        share_prompt: False runs every row with its own prompt, and finished rows too, to the end.
+        share_prompt: False gives every row its own prompt, and finished rows run on to the end.
 
     Returns:
-        completion_ids, completion_mask, logprobs: (N, T), N = B * G, prompt by prompt, T the longest length. The
-            logprobs only check the scoring (`sharing_is_exact`): training scores the tokens again.
+        completion_ids, completion_mask, logprobs: (N, T), N = B * G, prompt by prompt, T now the longest
+            sampled. The logprobs only check the scoring (`sharing_is_exact`): training scores the tokens again.
     """
     _, group_size, max_new_tokens = uniforms.shape
     device = prompt_ids.device
@@ -325,7 +325,7 @@ def generate_completions(
         logits = policy(tokens[:, None], **context, past_key_values=cache, use_cache=True).logits[:, -1]
 
     ended = torch.isin(completion_ids, eos_ids)                                             # (N, T)
-    completion_mask = ended.cumsum(1) - ended.long() == 0           # no end token before this one; the rest is not read
+    completion_mask = ended.cumsum(1) - ended.long() == 0       # true through the first end token; the rest is not read
     longest = int(completion_mask.sum(1).max())
     columns = completion_ids.where(completion_mask, 0), completion_mask, logprobs.where(completion_mask, 0.0)
     return tuple(x[:, :longest] for x in columns)
@@ -363,9 +363,9 @@ def completion_logprobs(
     Args:
         prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T), N / B completions per prompt.
         temperature: the one that sampled.
-        entropy_grad: lets the entropy be trained.
+        entropy_grad: keeps the gradient of the entropy, for an entropy bonus.
     """
-    # One hidden state for each of the M tokens that count: of the place before it, from which it is predicted.
+    # For each of the M completion tokens, the hidden state one place before it, which predicts it.
     hidden = completion_hidden(policy.base_model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # (M, H)
     tokens = completion_ids[completion_mask]                                                # (M,)
 
@@ -513,7 +513,7 @@ def train(args: Args) -> Path:
         prompt_ids, prompt_mask = pad_prompts([ids for ids, _ in batch], run.device)        # (B, P)
         size = args.num_prompts, args.group_size, args.max_new_tokens
         uniforms = torch.rand(size, dtype=torch.float64, generator=generator)               # (B, G, T)
-        # With several processes, each samples its share of the prompts, and then all have all the completions.
+        # With several processes, each samples its share of the prompts; `gather` gives every process all completions.
         completion_ids, completion_mask, _ = gather(*generate_completions(
             sampler, *share(prompt_ids, prompt_mask, uniforms), args.temperature, eos_ids, share_prompt
         ))                                                                                  # (N, T)
@@ -557,8 +557,8 @@ def train(args: Args) -> Path:
 
         # ---- 3. and 4. The KL, the loss and the update, mu times ----
         trained_mask = completion_mask & ~truncated[:, None] if args.mask_truncated else completion_mask
-        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls; and these hold a
-        # num_minibatches-th of the weight each.
+        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls; a minibatch holds about
+        # 1 / num_minibatches of the weight, hence the factor.
         weights = args.num_minibatches * loss_weights(trained_mask, args.loss_average, args.max_new_tokens)  # (N, T)
         curves = Curves()
         for _ in range(args.update_epochs):
@@ -1279,7 +1279,7 @@ class Run:
 
     # Arguments that may change when a run goes on from a checkpoint.
     FREE = ("num_steps", "micro_batch_tokens", "gradient_checkpointing", "device", "run_name", "resume", "save_every",
-            "eval_every", "eval_data")
+            "eval_every")
     MOST_SKIPPED = 5  # steps in a row whose gradient is not finite
 
     def __init__(self, args: Args, script: str):

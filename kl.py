@@ -6,12 +6,12 @@
     AdaptiveKL    Ziegler et al. (arXiv 1909.08593): a beta that steers the KL to a target
     PenaltyKL     PPO (arXiv 1707.06347) section 4: a beta that doubles or halves
 
-A good estimator is not a good loss. For completions sampled from the policy itself, the expected gradient is
-    k1 in the reward    of KL[policy, reference]      exact over whole completions where every token answers for all
-                                                      that follow (gamma = lambda = 1) and tokens are summed
+A good estimator is not a good loss. For completions sampled from the policy itself, tokens summed, the mean gradient is
+    k1 in the reward    of KL[policy, reference]      of whole completions, where every token answers for all that
+                                                      follow (gamma = lambda = 1) and advantages are not scaled
     k3 in the reward    of KL[policy, reference] - KL[reference, policy]: 0 to first order, it hardly pulls
     k2 in the reward    0 to first order              it hardly pulls either
-    k1 in the loss      0                             it does nothing
+    k1 in the loss      0                             it is noise only
     k2 in the loss      of KL[policy, reference]      token by token
     k3 in the loss      of KL[reference, policy]      token by token; equal to first order near the reference
     w * k1, w * k3      of KL[policy, reference]      token by token, in the loss, for completions of pi_old too;

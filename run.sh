@@ -27,12 +27,12 @@ esac
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
-command -v "$python" >/dev/null || fail "$python was not found: install Python 3.10 or newer"
+command -v "$python" >/dev/null || fail "$python was not found: install Python 3.11 or newer"
 
 # Set up again only when requirements.txt has changed.
 if ! cmp -s "$here/requirements.txt" "$here/.venv/requirements.txt"; then
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "$("$python" --version) is too old: Python 3.10 or newer is needed (PYTHON=python3.12 ./run.sh chooses one)"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$("$python" --version) is too old: Python 3.11 or newer is needed (PYTHON=python3.12 ./run.sh chooses one)"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$python has no venv module: install it (on Debian and Ubuntu: apt install python3-venv)"
     echo "setting up .venv (once)" >&2

@@ -416,12 +416,14 @@ class TestRuns:
 
     def test_every_changed_argument_is_listed(self, script, again, capsys):
         changed = f"{again} --seed 7 --learning-rate 0.5 --temperature 0.9 --max-new-tokens 3 --kl-estimator k2"
+        changed += " --eval-data good.jsonl"  # what was held out would be trained on
         said = refusal(script, f"{changed} --run-name {script.__name__} --resume auto", capsys)
         assert f"runs/{script.__name__}/step_000001 is of a run with other arguments: " in said
         listed = set(said.split("other arguments: ")[1].split(", --"))
         assert {name.removeprefix("--") for name in listed} == {
             "max-new-tokens was 4, is 3", "temperature was 1.0, is 0.9", "learning-rate was 1e-06, is 0.5",
             f"kl-estimator was {script.Args.kl_estimator}, is k2", "seed was 1, is 7",
+            "eval-data was None, is good.jsonl",
         }  # fmt: skip
 
     def test_a_checkpoint_of_the_other_script_is_refused(self, script, again, capsys):

@@ -274,6 +274,17 @@ def test_k3_in_the_reward_is_a_penalty_that_hardly_pulls(policies):
     assert_close(found, wanted, scale=1 + penalty.max())
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_near_the_reference_k2_and_k3_in_the_reward_pull_much_less_than_the_kl(estimator):
+    """A tenth of the way, a tenth of k1's gradient, which is that of the KL, and a hundredth of the others'."""
+    found = []
+    for step in (1e-2, 1e-3):
+        policy, ref = softmax_policy(REF + step * (THETA - REF)), softmax_policy(REF)
+        found.append(grpo_gradient(policy, k(estimator, policy, ref).sum(1), 2, scale="none", baseline="leave_one_out"))
+    far, near = (gradient.norm().item() for gradient in found)
+    assert near / far == pytest.approx(0.1 if estimator == "k1" else 0.01, rel=0.05)
+
+
 @pytest.mark.parametrize("row", [row for row in IN_THE_LOSS if row[2] == "pi"], ids=" ".join)
 def test_of_several_tokens_no_kl_in_the_loss_has_the_gradient_of_that_of_whole_completions(row):
     """Documentation: it misses what a token does to the KL of those after it."""
