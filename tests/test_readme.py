@@ -96,7 +96,9 @@ def test_the_symbols_and_functions_of_the_header_are_names_of_the_code(script):
 COMMANDS = {
     match[0]
     for text in (README, *(ast.get_docstring(ast.parse(FILES[name])) for name in ("grpo.py", "ppo.py")))
-    for match in re.finditer(r"(?:python (?:grpo|ppo)\.py|\./run\.sh (?:grpo|ppo))(?: ?[^\s`|#]+)*", text)
+    for match in re.finditer(
+        r"(?:python (?:grpo|ppo)\.py|\./run\.sh (?:grpo|ppo))(?: ?[^\s`|#]+)*", re.sub(r" \\\n +", " ", text)
+    )
     if "..." not in match[0]
 }
 
