@@ -442,8 +442,10 @@ def grpo_loss(
     Returns:
         the loss, a scalar, and for the curves ratio, clip_frac, kl and approx_kl, each (N, T) without gradient.
     """
-    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=completion_mask)
-    check_shapes(logprobs=logprobs, ref_logprobs=logprobs if ref_logprobs is None else ref_logprobs, weights=weights)
+    check_shapes(
+        logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=logprobs if ref_logprobs is None else ref_logprobs,
+        advantages=advantages, mask=completion_mask, weights=weights,
+    )
     if ratio_level not in ("token", "sequence"):
         raise ValueError(f"ratio_level must be one of token, sequence, got {ratio_level!r}")
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
@@ -1252,9 +1254,9 @@ def main(args: Args) -> int:
     if sentence:
         print(f"{Path(__file__).name}: {sentence}", file=sys.stderr)
     if dist.is_initialized():
-        if code and dist.get_backend() == "nccl":
-            os._exit(code)  # to end the group would wait for the others, who wait for this one: torchrun ends them
-        dist.destroy_process_group()
+        if not code or dist.get_backend() != "nccl":  # else that would wait for the others, who wait for us
+            dist.destroy_process_group()
+        os._exit(code)  # at the interpreter's own end, a thread that gloo has left sometimes aborts it
     return code
 
 

@@ -483,8 +483,9 @@ def policy_loss(
     Returns:
         the loss, a scalar, and for the curves ratio, clip_frac and approx_kl, each (N, T) without gradient.
     """
-    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    check_shapes(logprobs=logprobs, mask=completion_mask, weights=weights)
+    check_shapes(
+        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=completion_mask, weights=weights
+    )
     # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (N, T)
@@ -1323,9 +1324,9 @@ def main(args: Args) -> int:
     if sentence:
         print(f"{Path(__file__).name}: {sentence}", file=sys.stderr)
     if dist.is_initialized():
-        if code and dist.get_backend() == "nccl":
-            os._exit(code)  # to end the group would wait for the others, who wait for this one: torchrun ends them
-        dist.destroy_process_group()
+        if not code or dist.get_backend() != "nccl":  # else that would wait for the others, who wait for us
+            dist.destroy_process_group()
+        os._exit(code)  # at the interpreter's own end, a thread that gloo has left sometimes aborts it
     return code
 
 

@@ -292,18 +292,14 @@ def test_an_unknown_loss_average_is_refused():
 def test_an_unknown_ratio_level_and_shapes_that_would_broadcast_are_refused():
     """One advantage a completion, (N, 1), must be expanded by who calls: a (T,) would be taken for it in silence."""
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    good = Batch(x, x, x, x, mask)
-    for batch, level in (
-        (good, "word"),
-        (good._replace(advantages=x[:, :1]), "token"),
-        (good._replace(old_logprobs=x[:, :1]), "token"),
-        (good._replace(ref_logprobs=x[:1]), "token"),
-        (good._replace(completion_mask=mask[:1]), "sequence"),
-    ):
-        with pytest.raises(ValueError, match=r"^(all tensors must be \(N, T\)|ratio_level must be one of)"):
-            grpo_loss(*batch, x, ratio_level=level)
-    with pytest.raises(ValueError, match=r"^all tensors must be \(N, T\)"):
-        grpo_loss(x[0], x[0], x[0], x[0], mask[0], x[0])  # a row alone
+    good = (x, x, x, x, mask, x)
+    with pytest.raises(ValueError, match=r"^ratio_level must be one of token, sequence, got 'word'"):
+        grpo_loss(*good, ratio_level="word")
+    of_one_column = [[y[:, :1] if i == which else y for i, y in enumerate(good)] for which in range(len(good))]
+    for wrong in (*of_one_column, [y[0] for y in good]):  # and a row alone
+        for level in ("token", "sequence"):
+            with pytest.raises(ValueError, match=r"^all tensors must be \(N, T\)"):
+                grpo_loss(*wrong, ratio_level=level)
 
 
 # ----- Padding and micro-batches -----

@@ -224,6 +224,7 @@ def train_in_two_processes(rank, port, args, bugs):
         with bug(script, *each):
             script.train(replace(args, run_name=f"bug{i}"))
     torch.distributed.destroy_process_group()
+    os._exit(0)  # as `main` does
 
 
 def test_pitfall_05_the_gradient_does_not_depend_on_the_number_of_processes(script, run):

@@ -714,8 +714,9 @@ def test_micro_batches_add_up_to_the_value_loss_and_gradient_of_the_update(batch
     assert_close(torch.cat([piece[1] for piece in pieces]), gradient[order])
 
 
-@given(batches(), estimates(), st.integers(0, 4))
-def test_a_shape_that_would_broadcast_is_refused(batch, estimate, which):
+@pytest.mark.parametrize("which", range(5))
+@given(batches(), estimates())
+def test_a_shape_that_would_broadcast_is_refused(which, batch, estimate):
     """In any of the arguments: here a column more, which a T of 1 would be stretched to."""
     of_policy = batch.logprobs, batch.old_logprobs, batch.advantages, batch.completion_mask
     for loss, arguments in ((policy_loss, of_policy), (value_loss, estimate)):

@@ -120,6 +120,26 @@ def test_a_large_vocabulary_is_scored_in_pieces_with_the_same_numbers(monkeypatc
         torch.testing.assert_close(piecewise, whole, atol=1e-10, rtol=1e-10)
 
 
+def test_the_temperature_divides_in_float32_over_a_bfloat16_model():
+    model, batch = make_model("llama", torch.bfloat16), make_batch()
+    with torch.no_grad():
+        logits = grpo.output_logits(model, grpo.completion_hidden(model.base_model, *batch)).float()
+        for temperature in (0.7, 1.0, 2.0):
+            expected = (logits / temperature).log_softmax(-1).gather(1, batch[2][batch[3]][:, None])[:, 0]
+            found, _ = grpo.completion_logprobs(model, *batch, temperature=temperature)
+            torch.testing.assert_close(found[batch[3]], expected, atol=1e-5, rtol=0)
+
+
+def test_the_mask_of_a_shared_row_has_the_dtype_of_the_computation():
+    model, batch, found = make_model("llama", torch.float32), make_batch(), []
+    note = lambda _, __, options: found.append(options["attention_mask"].dtype)
+    model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    grpo.completion_logprobs(model, *batch, temperature=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        grpo.completion_logprobs(model, *batch, temperature=1.0)
+    assert found == [torch.float32, torch.bfloat16]
+
+
 def test_the_model_runs_once_on_rows_of_the_longest_length_and_keeps_no_cache():
     """A prompt is paid for once; padding only up to the longest row; keys and values would fill the memory."""
     model, batch, outputs = make_model("llama"), make_batch(), []
