@@ -370,6 +370,7 @@ def completion_logprobs(
     tokens = completion_ids[completion_mask]                                                # (M,)
 
     def score(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, H), (m,) -> the log-probabilities of these m tokens and the entropies, (m,) each."""
         logits = output_logits(policy, hidden)                                              # (m, V)
         wide = torch.promote_types(logits.dtype, torch.float32)  # at -6 nats, bfloat16 moves in steps of 0.03
         logits = logits if temperature == 1 else logits.to(wide) / temperature  # a division by 1 would copy them
@@ -878,8 +879,8 @@ def check_shapes(**tensors: Tensor) -> None:
 
 
 def completions_per_row(prompt_mask: Tensor, completion_mask: Tensor, policy: nn.Module) -> int:
-    """k: of the G completions of a prompt, how many share its row in the update. More of them compute the prompt less
-    often, but every token is compared with the whole row: in a row of L tokens a layer of hidden size H does about
+    """k: of the G completions of a prompt, how many share its row in the update. The more, the less often the prompt is
+    computed; but every token is compared with the whole row: in a row of L tokens a layer of hidden size H does about
     12 H^2 + 2 H L = 2 H (6 H + L) multiplications a token. The k that is cheapest for a completion.
 
     Args: prompt_mask (B, P), completion_mask (N, T); policy: its config names the hidden size H.
@@ -1106,6 +1107,7 @@ class RoomyLayer(DynamicLayer):
     """A layer of the cache with room for the tokens to come. DynamicLayer copies all it has for every new one."""
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Append (rows, heads, new tokens, head size); all keys and values so far."""
         start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
         for room, new in zip(self.room, (keys, values), strict=True):
             room[:, :, start:end] = new
@@ -1113,6 +1115,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
         self.room = [room[indices] for room in self.room]
         self.keys, self.values = (room[:, :, : self.keys.shape[2]] for room in self.room)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The README's evidence, from real runs of grpo.py and ppo.py on the embedded task.
+"""The README's evidence, from real runs of grpo.py and ppo.py.
 
     python tests/bench/evidence.py runs --only learning                  a hundred steps: where it ends
     python tests/bench/evidence.py runs --only learning --steps 20       the first steps, evaluated every other one
