@@ -6,7 +6,7 @@
     gae                  PPO, Schulman et al. (arXiv 1506.02438)       rewards against a learned value function
     whiten               Ziegler et al. (arXiv 1909.08593)             mean 0, variance 1 over the tokens that count
 
-Shapes: B prompts, G completions for each, N = B * G rows, T completion tokens. Advantages carry no gradient.
+Shapes: B prompts, G completions of each, T completion tokens. Advantages carry no gradient.
 """
 
 import torch
@@ -96,41 +96,41 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor) -> Tensor:
 def gae(
     token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, Eq. 16): A_t = sum_l (γλ)^l δ_{t+l} with
-    δ_t = r_t + γ V_{t+1} - V_t, where V after the last token is 0.
+    """Generalised advantage estimation (arXiv 1506.02438, Eq. 16): A_t = sum_l (gamma lambda)^l delta_{t+l}
+    with delta_t = r_t + gamma V_{t+1} - V_t, where V after the last token is 0.
 
     Differs: a completion that was cut off counts as ended, where PPO Eqs. 10 to 12 add V(s_T) for what would follow.
 
     Args:
-        token_rewards, values: (N, T), r_t for the token chosen at t and V(s_t) of the state before it.
-        mask: (N, T), bool, true on the tokens of the completion, which come first.
+        token_rewards, values: (..., T), r_t for the token chosen at t and V(s_t) of the state before it.
+        mask: (..., T), bool, true on the tokens of the completion, which come first.
         gamma: discount per token, 0 to 1; usually 1 for a language model.
-        gae_lambda: 0 gives δ_t (Eq. 17: low variance, biased), 1 gives the return minus V_t (Eq. 18: unbiased).
+        gae_lambda: 0 gives delta_t (Eq. 17: low variance, biased), 1 gives the return minus V_t (Eq. 18: unbiased).
 
     Returns:
-        advantages, returns: (N, T), 0 in the padding. returns = advantages + values is what the value model learns.
+        advantages, returns: (..., T), 0 in the padding. returns = advantages + values is what the value model learns.
 
     >>> token_rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.5]])
     >>> gae(token_rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, gae_lambda=0.5)[0]
     tensor([[0.1250, 0.2500, 0.5000]])
     """
-    if token_rewards.dim() != 2 or not token_rewards.shape == values.shape == mask.shape or mask.dtype != torch.bool:
+    if not token_rewards.shape == values.shape == mask.shape or mask.dtype != torch.bool:
         raise ValueError(
-            "token_rewards, values and mask (bool) must all have shape (N, T), got "
+            "token_rewards, values and mask (bool) must have one shape (..., T), got "
             f"{tuple(token_rewards.shape)}, {tuple(values.shape)} and {mask.dtype} {tuple(mask.shape)}"
         )
     for name, number in (("gamma", gamma), ("gae_lambda", gae_lambda)):
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"{name} must lie in [0, 1], got {number}")
 
-    token_rewards, values = token_rewards.where(mask, 0.0), values.where(mask, 0.0)         # (N, T)
-    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)        # (N, T), V_{t+1}
-    deltas = token_rewards + gamma * next_values - values                                   # (N, T), δ_t
+    token_rewards, values = token_rewards.where(mask, 0.0), values.where(mask, 0.0)         # (..., T)
+    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], dim=-1)   # (..., T), V_{t+1}
+    deltas = token_rewards + gamma * next_values - values                                   # (..., T), delta_t
     advantages = torch.zeros_like(values)
-    advantage = torch.zeros_like(values[:, 0])                                              # (N,), A_{t+1}
-    for t in reversed(range(values.shape[1])):
-        advantage = deltas[:, t] + gamma * gae_lambda * advantage                           # A_t = δ_t + γλ A_{t+1}
-        advantages[:, t] = advantage
+    advantage = torch.zeros_like(values[..., 0])                                            # (...), A_{t+1}
+    for t in reversed(range(values.shape[-1])):
+        advantage = deltas[..., t] + gamma * gae_lambda * advantage         # A_t = delta_t + gamma lambda A_{t+1}
+        advantages[..., t] = advantage
     return advantages, advantages + values
 
 

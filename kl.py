@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
 """The KL penalty: how far has the policy moved from a reference?
 
-    kl_estimate   k1, k2, k3 from the log-probabilities of sampled tokens (Schulman, "Approximating KL divergence")
-    exact_kl      the sum over the vocabulary that they estimate
-    AdaptiveKL    Ziegler et al. (arXiv 1909.08593): a beta that steers the KL to a target
-    PenaltyKL     PPO (arXiv 1707.06347) section 4: a beta that doubles or halves
+    kl_estimate     k1, k2, k3 from the log-probabilities of sampled tokens (Schulman, "Approximating KL divergence")
+    exact_kl        the sum over the vocabulary that they estimate
+    adaptive_beta   Ziegler et al. (arXiv 1909.08593): a beta that steers the KL to a target
+    penalty_beta    PPO (arXiv 1707.06347) section 4: a beta that doubles or halves
 
 A good estimator is not a good loss. For completions sampled from the policy itself, tokens summed, the mean gradient is
     k1 in the reward    of KL[policy, reference]      of whole completions, where every token answers for all that
                                                       follow (gamma = lambda = 1) and advantages are not scaled
     k3 in the reward    of KL[policy, reference] - KL[reference, policy]: 0 to first order, it hardly pulls
     k2 in the reward    0 to first order              it hardly pulls either
-    k1 in the loss      0                             it is noise only
+    k1 in the loss      0                             it adds only noise
     k2 in the loss      of KL[policy, reference]      token by token
     k3 in the loss      of KL[reference, policy]      token by token; equal to first order near the reference
     w * k1, w * k3      of KL[policy, reference]      token by token, in the loss, for completions of pi_old too;
@@ -65,61 +65,26 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
-class _Beta:
-    """What the two controllers share: a beta that a checkpoint can keep."""
+def adaptive_beta(beta: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """Ziegler et al.'s controller: beta (1 + gain * e) with e = clip((kl - target) / target, -0.2, 0.2).
 
-    beta: float
+    Args: kl, target: in nats per completion, summed over its tokens and averaged over completions; target positive.
+    Returns: the beta of the next step.
 
-    def state_dict(self) -> dict[str, float]:
-        """What `load_state_dict` takes."""
-        return {"beta": self.beta}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from the beta of another controller."""
-        self.beta = state["beta"]
-
-
-class AdaptiveKL(_Beta):
-    """Ziegler et al.'s controller: e = clip((KL - target) / target, -0.2, 0.2), beta <- beta (1 + K e), K = 0.1.
-
-    `target` and the `kl` given to `update` are in nats per completion: summed over its tokens, averaged over rows.
-
-    >>> controller = AdaptiveKL(beta=0.1, target=6.0)
-    >>> round(controller.update(kl=60.0), 6)            # far above the target: e is clipped, beta grows by 2 %
+    >>> round(adaptive_beta(0.1, kl=60.0, target=6.0), 6)       # far above the target: e is clipped, beta grows by 2 %
     0.102
     """
-
-    def __init__(self, beta: float, target: float, gain: float = 0.1):
-        if not (beta > 0 and target > 0 and gain > 0):
-            raise ValueError(f"beta, target and gain must be positive, got {beta}, {target} and {gain}")
-        self.beta, self.target, self.gain = beta, target, gain
-
-    def update(self, kl: float) -> float:
-        """Returns the beta of the next step."""
-        error = min(max((kl - self.target) / self.target, -0.2), 0.2)
-        self.beta *= 1 + self.gain * error
-        return self.beta
+    error = min(max((kl - target) / target, -0.2), 0.2)
+    return beta * (1 + gain * error)
 
 
-class PenaltyKL(_Beta):
-    """PPO section 4, after every policy update: KL < target / 1.5 halves beta, KL > 1.5 target doubles it.
+def penalty_beta(beta: float, kl: float, target: float) -> float:
+    """PPO section 4, after every policy update: kl < target / 1.5 halves beta, kl > 1.5 target doubles it.
 
-    `kl` is KL[pi_old, pi_theta] (Eq. 8, the other direction than RLHF's), in nats per token.
+    Args: kl: KL[pi_old, pi_theta] (Eq. 8; RLHF's has the other direction), in nats per token, like the target.
+    Returns: the beta of the next update.
 
-    >>> controller = PenaltyKL(beta=1.0, target=0.01)
-    >>> controller.update(kl=0.1), controller.update(kl=0.01), controller.update(kl=0.001)
-    (2.0, 2.0, 1.0)
+    >>> penalty_beta(1.0, kl=0.1, target=0.01), penalty_beta(1.0, kl=0.01, target=0.01), penalty_beta(1.0, 0.001, 0.01)
+    (2.0, 1.0, 0.5)
     """
-
-    def __init__(self, beta: float, target: float):
-        if not (beta > 0 and target > 0):
-            raise ValueError(f"beta and target must be positive, got {beta} and {target}")
-        self.beta, self.target = beta, target
-
-    def update(self, kl: float) -> float:
-        """Returns the beta of the next update."""
-        if kl < self.target / 1.5:
-            self.beta /= 2
-        elif kl > self.target * 1.5:
-            self.beta *= 2
-        return self.beta
+    return beta / 2 if kl < target / 1.5 else beta * 2 if kl > target * 1.5 else beta

@@ -4,7 +4,7 @@
 Papers: PPO (arXiv 1707.06347), GAE (1506.02438), InstructGPT (2203.02155) and Ziegler et al. (1909.08593) for language
 models, DeepSeekMath (2402.03300) Eqs. 1 and 2 for the notation that grpo.py shares.
 
-The policy pi_theta is a causal language model. A state s_t is a prompt and the tokens so far, an action is the next
+The policy pi_theta is a causal language model. A state s_t is a prompt and the tokens so far, an action a_t is the next
 token, and an episode is a completion. Each step:
 
     1. Generate completions with the old policy                                    generate_completions
@@ -12,107 +12,99 @@ token, and an episode is a completion. Each step:
     3. Compute the advantages with the value model                                 completion_values, gae (advantage.py)
     4. Update policy and value model on the clipped objectives, K epochs           policy_loss, value_loss
 
-grpo.py asks how much better a completion is than its group. Here the value model foretells the reward from every
-prefix, so that one completion per prompt is enough and every token gets an advantage of its own. And the KL enters the
-reward before the advantages are computed, where GRPO has it in the loss: what a token costs in KL, the tokens before
-it are held to account for too. Advantage and KL still pull against each other, only inside of one sum of rewards.
+grpo.py asks how much better a completion is than its group. Here the value model predicts the reward from every prefix,
+so one completion per prompt is enough and every token gets an advantage of its own. And the KL enters the reward before
+the advantages are computed, where GRPO has it in the loss: the tokens that led to a token also pay for its KL.
+Advantage and KL still pull against each other, but inside one sum of rewards.
 
-    symbol       name in the code    shape     meaning
-    G, K         group_size, update_epochs     completions per prompt; passes over them per step
-    q            prompt_ids          (B, P)    B prompts of at most P tokens, padded on the left
-    a_t, o_t     completion_ids      (N, T)    N = B * G completions, padded on the right to the step's longest
-    |o|          completion_mask     (N, T)    true through the end token, by length: the end token is trained too
-    r_phi        rewards             (B, G)    what the task pays for a completion
-    r_t          r_t                 (N, T)    token_rewards: -beta log(pi_old / pi_ref), plus r_phi on the last token
-    V(s_t)       values              (N, T)    what the value model expects from s_t on, in units of reward
-    A_t          advantages          (N, T)    how much better a_t was than V(s_t) foretold
-    V_t^targ     returns             (N, T)    A_t + V(s_t), before the advantages are whitened
-    pi_theta     logprobs            (N, T)    log pi_theta(a_t | s_t) at the sampling temperature, in nats
-    pi_old       old_logprobs        (N, T)    the same under the weights that sampled
-    pi_ref       ref_logprobs        (N, T)    the same under the reference policy, frozen
-    r_t(theta)   ratio               (N, T)    pi_theta / pi_old (the PPO paper calls ratio and reward r_t)
-    1/G 1/|o|    weights             (N, T)    what a token weighs in the losses
-    eps, beta    clip_eps, beta      scalar    clip range of the ratio; weight of the KL
+    symbol       name in the code    shape        meaning
+    G, K         group_size, update_epochs        completions per prompt; passes over them per step
+    q            prompt_ids          (B, P)       B prompts of at most P tokens, left-padded
+    a_t, o_t     completion_ids      (B, G, T)    completions of at most T tokens, right-padded
+    |o|          completion_mask     (B, G, T)    true through the EOS token, by length: EOS is trained too
+    r_phi        rewards             (B, G)       what the task pays for a completion
+    r_t          r_t                 (B, G, T)    -beta log(pi_old / pi_ref), and r_phi on the last token
+    V(s_t)       values              (B, G, T)    what the value model expects from s_t on, in units of reward
+    A_t          advantages          (B, G, T)    how much better a_t was than V(s_t) predicted
+    V_t^targ     returns             (B, G, T)    A_t + V(s_t), before the advantages are whitened
+    pi_theta     logprobs            (B, G, T)    log pi_theta(a_t | s_t) at the sampling temperature, in nats
+    pi_old       old_logprobs        (B, G, T)    the same under the weights that sampled
+    pi_ref       ref_logprobs        (B, G, T)    the same under the reference policy, which is frozen
+    r_t(theta)   ratio               (B, G, T)    pi_theta / pi_old (the PPO paper calls ratio and reward r_t)
+    1/G 1/|o|    weights             (B, G, T)    the weight of a token in the losses
 
-Differs from the papers, each marked "Differs" where it happens: the value model shares no parameter with the policy,
-so Eq. 9 falls into two losses, each with its own AdamW, and needs no c_1; the value loss has the 1/2 and the clipping
-of Ziegler et al.'s code; the value model trains alone in the first steps; minibatches are kept for all epochs, so that
-pi_old is scored on the micro-batches of the update and the first ratio is exactly 1; the learning rate is constant, the
-gradient is clipped by its norm; advantages are whitened; a truncated completion counts as ended (advantage.py).
+Differs from the papers, each marked "Differs" where it happens: the value model shares no parameter with the policy, so
+Eq. 9 falls into two losses, each with its own AdamW, and needs no c_1; the value loss has the 1/2 and the clipping of
+Ziegler et al.'s code; the value model trains alone in the first steps; minibatches are the same in all epochs, and
+pi_old is computed by the trainer's own forward pass, so that the first ratio is exactly 1; constant learning rates and
+gradient clipping; advantages are whitened; a truncated completion counts as ended (advantage.py).
 
-    python ppo.py                                      a tiny model learns two-digit addition, no download
-    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl
+    python ppo.py                                      a tiny model learns two-digit addition, without any download
+    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data test.jsonl --max-new-tokens 512
 
 To use it for a task of your own, copy this file with advantage.py and kl.py and change the block marked CHANGE THIS.
-What stands below the banner PLUMBING (files, folders, the tiny model) is not part of the algorithm.
+What stands below the banner PLUMBING (files, processes, checkpoints) is not part of the algorithm.
 """
 
+import contextlib
 import copy
-import ctypes
-import dataclasses
-import functools
 import hashlib
-import inspect
-import itertools
 import json
 import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
+import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: spinning threads starve a busy machine
+
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp
 import tyro
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from advantage import gae, whiten
-from kl import AdaptiveKL, PenaltyKL, kl_estimate
+from kl import adaptive_beta, kl_estimate, penalty_beta
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # a model that adds two-digit numbers, badly
 
 
 @dataclass
 class Args:
     # The task and the model
-    model: str = "tiny"
-    """the policy: "tiny" is pretrained here in half a minute; else a Hugging Face hub id or folder"""
-    data: str | None = None
+    model: str = str(TINY)
+    """the policy: a Hugging Face hub id or folder; by default a tiny model that comes with this script"""
+    data: str = str(TINY / "train.jsonl")
     """training problems, JSON lines with "question" or "prompt" (text or chat messages) and "answer" """
-    eval_data: str | None = None
-    """held-out problems in the same format; by default a tenth of --data, at most 256, is held out"""
+    eval_data: str = str(TINY / "test.jsonl")
+    """held-out problems in the same format; for a --data of your own, by default a tenth of it, at most 256"""
     num_prompts: int = 256
     """B: prompts per step"""
     group_size: int = 1
     """G: completions per prompt"""
-    max_new_tokens: int | None = None
-    """T: longest completion, in tokens; by default 32 for the tiny model, else 512"""
+    max_new_tokens: int = 32
+    """T: the longest completion, in tokens; real models need more, such as 512"""
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-probability"""
     # The update
-    num_steps: int | None = None
-    """steps of sampling and updating; by default 100 for the tiny model, else 200"""
+    num_steps: int = 100
+    """steps of sampling and updating"""
     update_epochs: int = 2
     """K (mu in GRPO): passes over the completions of one step"""
     num_minibatches: int = 2
@@ -120,14 +112,14 @@ class Args:
     learning_rate: float | None = None
     """of AdamW; by default 5e-4 for the tiny model, else 1e-6 (DeepSeekMath 4.2)"""
     max_grad_norm: float = 1.0
-    """a gradient of larger norm is scaled down to this norm"""
+    """gradient clipping: a gradient of larger norm is scaled down to this norm"""
     # The value model and the advantage
     value_learning_rate: float | None = None
     """of the value model's AdamW; by default 1e-3 for the tiny model, else 1e-5"""
     value_warmup_steps: int = 5
-    """first steps that train the value model only: it starts at 0, and foretells nothing until it has seen rewards"""
+    """first steps that train only the value model: it starts at 0 and predicts nothing until it has seen rewards"""
     value_clip_eps: float = 0.2
-    """further than this from its old value, a value gains nothing; in units of reward (Ziegler et al.'s code)"""
+    """a value further than this from its old value gains nothing more; in units of reward (Ziegler et al.'s code)"""
     gamma: float = 1.0
     """discount per token (GAE Eq. 16); 1: none (InstructGPT)"""
     gae_lambda: float = 0.95
@@ -135,12 +127,12 @@ class Args:
     whiten_advantages: bool = True
     """shift and scale the advantages of a step to mean 0 and variance 1"""
     whiten_rewards: bool = False
-    """scale the token rewards of a step to variance 1, their mean kept (Ziegler et al.'s code)"""
+    """scale the token rewards of a step to variance 1, keeping their mean (Ziegler et al.'s code)"""
     # The KL penalty
     beta: float = 0.02
     """weight of the KL from the reference policy (InstructGPT: 0.02); 0 loads no reference policy"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """estimator of KL[policy, reference]: k1 is InstructGPT Eq. 2; k1 is mere noise in the loss, see kl.py"""
+    """estimator of KL[policy, reference]: k1 is InstructGPT Eq. 2; in the loss, k1 has mean gradient 0, see kl.py"""
     kl_placement: Literal["loss", "reward"] = "reward"
     """"reward": DeepSeekMath Eq. 2, InstructGPT Eq. 2; "loss": added to the policy loss as in GRPO"""
     adaptive_kl_target: float | None = None
@@ -160,52 +152,50 @@ class Args:
     """"sequence": 1/|o_i| sum_t (DeepSeekMath Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
     # The machine
     share_prompt: bool = True
-    """compute a prompt once for its group, in sampling and in scoring; switched off where a model cannot do it"""
+    """compute a prompt once for its group, in sampling and in the update; turned off for models that cannot do it"""
     micro_batch_tokens: int = 8192
-    """most tokens, padding included, in one pass (a longer row goes alone); changes the gradient by rounding only"""
+    """most tokens, padding included, in one forward pass of the update; changes the gradient by rounding only"""
     gradient_checkpointing: bool = False
-    """compute every layer again in the backward pass instead of keeping what it needs: less memory, a third slower"""
+    """recompute activations in the backward pass instead of storing them: less memory, a third slower"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the computation, over float32 master weights; auto: bfloat16 where it is fast and the model is not tiny"""
+    """of the computation, over float32 weights; auto: bfloat16 where it is fast, for models over 10 M parameters"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto: the first of cuda, mps and cpu that is there"""
+    """auto: the first of cuda, mps and cpu that is available"""
     # The run
     seed: int = 1
     """every random number of step s follows from (seed, s)"""
     run_name: str | None = None
     """the run lives in runs/RUN_NAME; by default named after the script, the model, the seed and the time"""
     resume: str | None = None
-    """"auto" goes on from the newest good checkpoint of --run-name; else the folder of a checkpoint"""
+    """"auto" resumes the run RUN_NAME from its checkpoint; else the path of a checkpoint.pt"""
     save_every: int = 50
-    """steps between checkpoints, of which the last two are kept; 0: only at the end"""
+    """steps between checkpoints; 0: only at the end"""
     eval_every: int = 20
     """steps between evaluations on the held-out problems; 0: never, not even before and after"""
 
 
 # ============================ CHANGE THIS: the task =============================
-# A task is problems (prompt and answer) and a reward. The algorithm below knows nothing else about it.
-# Here: the final number after the marker "#" must be the right one. GSM8K's own files work with --data, and the
-# built-in problems are two-digit sums, whose demonstrations teach the tiny model to guess badly and to think well.
-
-
-class Problem(NamedTuple):
-    prompt: str | list[dict[str, str]]  # text, or chat messages with "role" and "content"
-    answer: str
-
+# A task is a file of problems, how to read a line of it, and a reward. The algorithm below knows nothing else about it.
+# Here the final number, after the marker "#", must be the right one. GSM8K's own files are in this format.
 
 INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 
 
+class Problem(NamedTuple):
+    prompt: str | list[dict[str, str]]  # text, or chat messages with "role" and "content"
+    answer: str  # of any type that `reward` understands
+
+
 def read_problem(record: dict) -> Problem:
-    """One line of --data. A bare "question" gets the instruction; a "prompt" is taken as it is."""
-    prompt = record["question"] + INSTRUCTION if "question" in record else record["prompt"]
+    """One line of --data. A "prompt" is used as it is; a bare "question" gets the instruction."""
+    prompt = record["prompt"] if "prompt" in record else record["question"] + INSTRUCTION
     if not isinstance(record["answer"], str) or final_number("#" + record["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
     return Problem(prompt, record["answer"])
 
 
 def final_number(text: str) -> Decimal | None:
-    """The one number after the last "#", else None: who lists several guesses there has not answered."""
+    """The one number after the last "#", else None: a list of guesses is no answer."""
     numbers = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text.rpartition("#")[2]) if "#" in text else []
     return Decimal(numbers[0].replace(",", "")) if len(numbers) == 1 else None
 
@@ -216,188 +206,177 @@ def reward(completion: str, answer: str) -> float:
     return float(number is not None and number == final_number("#" + answer))
 
 
-def tiny_problems() -> list[Problem]:
-    """All sums of two numbers below 100, in a fixed random order."""
-    problems = [Problem(f"{a:02}+{b:02}=", str(a + b)) for a in range(100) for b in range(100)]
-    random.Random(0).shuffle(problems)
-    return problems
-
-
-def tiny_demonstration(problem: Problem, rng: random.Random) -> str:
-    """What the tiny model is pretrained on: 4 in 10 work the columns out and are right, as in 38+57=8+7=15;3+5+1=9#95;
-    6 in 10 answer at once, as in 38+57=#95, and 7 in 10 of those are wrong."""
-    if rng.random() < 0.6:
-        return f"#{problem.answer if rng.random() < 0.3 else rng.randrange(199)}"
-    (a, b), (c, d) = problem.prompt[0:2], problem.prompt[3:5]
-    units = int(b) + int(d)
-    carry = "+1" if units > 9 else ""
-    return f"{b}+{d}={units};{a}+{c}{carry}={int(a) + int(c) + units // 10}#{problem.answer}"
-
-
 # ========================= end of the block to change ===========================
+
+
+class Batch(NamedTuple):
+    """R rows, each a prompt and C of its completions. After sampling R = B and C = G."""
+
+    prompt_ids: Tensor          # (R, P), left-padded
+    prompt_mask: Tensor         # (R, P), bool, true on the tokens
+    completion_ids: Tensor      # (R, C, T), right-padded
+    completion_mask: Tensor     # (R, C, T), bool, true through the EOS token
+    sampler_logprobs: Tensor    # (R, C, T), as sampled, possibly in bfloat16: only a check of old_logprobs
+    old_logprobs: Tensor | None = None  # (R, C, T), and so are all below
+    ref_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
+    weights: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+
+    def rows(self, index: Tensor) -> "Batch":
+        """The rows of this index, (R',)."""
+        return Batch(*(x if x is None else x[index] for x in self))
+
+    def repack(self, completions_per_row: int) -> "Batch":
+        """C smaller, R larger: the same completions in the same order, each prompt in as many rows as it needs."""
+        repeats = self.completion_ids.shape[1] // completions_per_row
+        prompts = (x.repeat_interleave(repeats, 0) for x in self[:2])
+        return Batch(*prompts, *(x if x is None else x.reshape(-1, completions_per_row, x.shape[2]) for x in self[2:]))
 
 
 # ----- 1. Generate completions: o_1 .. o_G ~ pi_old(. | q) -----
 
+STOP_TEST_EVERY = 4  # tokens; each test waits for the device, and dropping finished rows copies the others
+
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token for each row from softmax(logits / temperature), the whole vocabulary, no top-k or top-p.
+    """One token for each row from softmax(logits / temperature), over the whole vocabulary, without top-k or top-p.
 
-    Args: logits (rows, V); uniforms (rows,), random numbers in [0, 1); temperature 0 takes the most probable token.
-    Returns: tokens and their log-probabilities in nats, both (rows,).
+    Args: logits (N, V); uniforms (N,), random numbers in [0, 1); temperature 0 takes the most probable token.
+    Returns: tokens and their log-probabilities in nats, both (N,).
     """
-    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (rows, V)
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (N, V)
     if temperature == 0:
-        tokens = logp.argmax(-1)                                                            # (rows,)
+        tokens = logp.argmax(-1)                                                            # (N,)
     else:
         # The first token whose cumulative probability exceeds the random number.
-        cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (rows, V)
+        cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (N, V)
         tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
         tokens = tokens.clamp(max=cdf.shape[1] - 1)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
-STOP_TEST_EVERY = 4  # tokens; each test waits for the device, and dropping finished rows copies the others
-
-
 @torch.no_grad()
 def generate_completions(
-    policy: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    uniforms: Tensor,
-    temperature: float,
-    eos_ids: Tensor,
+    policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float, eos_ids: Tensor,
     share_prompt: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample G completions per prompt, token by token, each until an end token or T tokens.
+    """Sample G completions per prompt, token by token, each until an EOS token or T tokens.
 
     Args:
-        prompt_ids, prompt_mask: (B, P), padded on the left; the mask is true on the tokens.
-        uniforms: (B, G, T), a random number for every token of G completions, T the longest. Drawn in advance, so
-            what a row samples depends neither on the other rows nor on the process that runs it.
-        eos_ids: (E,), every id that ends a completion.
-        share_prompt: False gives every row its own prompt, and finished rows run on to the end.
+        prompt_ids, prompt_mask: (B, P), left-padded; the mask is true on the tokens.
+        uniforms: (B, G, T), a random number for every token, drawn in advance: what a completion samples depends
+            neither on the other rows nor on the process that runs it. eos_ids: (E,).
+        share_prompt: False runs every completion with a prompt of its own, and finished ones on to the end.
 
-    Returns:
-        completion_ids, completion_mask, logprobs: (N, T), N = B * G, prompt by prompt, T now the longest
-            sampled. The logprobs only check the scoring (`sharing_is_exact`): training scores the tokens again.
+    Returns: completion_ids, completion_mask, logprobs: (B, G, T), T now the longest that was sampled.
     """
-    _, group_size, max_new_tokens = uniforms.shape
-    device = prompt_ids.device
+    (num_prompts, group_size, max_new_tokens), device = uniforms.shape, prompt_ids.device
     # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
     uniforms = uniforms.flatten(0, 1).to(device, torch.float32 if device.type == "mps" else torch.float64)  # (N, T)
     if not share_prompt:
         prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
-    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                                 # padding shifts no position
-    context = dict(attention_mask=prompt_mask.long(), position_ids=position_ids)
-    output = policy(prompt_ids, **context, use_cache=True, logits_to_keep=1)
+    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                 # left padding must not shift positions
+    output = policy(prompt_ids, attention_mask=prompt_mask.long(), position_ids=position_ids, use_cache=True,
+                    logits_to_keep=1)
     logits, cache = output.logits[:, -1], output.past_key_values                            # (B, V)
     if share_prompt:
-        # The prompt ran once. Its keys and values are now repeated for the G completions that follow it.
+        # The prompt ran once. Its keys and values are repeated for the G completions that follow it.
         cache.batch_repeat_interleave(group_size)
         logits, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (logits, prompt_mask))
-    reserve(cache, max_new_tokens)
 
-    completion_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)           # (N, T)
+    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)                      # (N, T), N = B * G
     logprobs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)              # (N, T)
-    rows = torch.arange(len(uniforms), device=device)                                       # those still in the batch
-    running = torch.ones_like(rows, dtype=torch.bool)                                       # (rows,), no end token yet
-    visible = torch.cat([prompt_mask, torch.ones_like(completion_ids, dtype=torch.bool)], dim=1).long()  # (N, P + T)
-    next_position = prompt_mask.sum(1)                                                      # (rows,)
+    rows = torch.arange(len(ids), device=device)                                            # those still in the batch
+    running = torch.ones_like(rows, dtype=torch.bool)                                       # no EOS token yet
+    visible = torch.cat([prompt_mask, torch.ones_like(ids, dtype=torch.bool)], dim=1).long()  # (N, P + T)
+    lengths = prompt_mask.sum(1)                                                            # (N,)
     for t in range(max_new_tokens):
-        tokens, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)   # (rows,)
-        completion_ids[rows, t] = tokens
+        tokens, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
+        ids[rows, t] = tokens
         running = running & ~torch.isin(tokens, eos_ids)
-        if t + 1 == max_new_tokens:
+        test_now = (t + 1) % STOP_TEST_EVERY == 0
+        if t + 1 == max_new_tokens or (test_now and not running.any()):
             break
-        if (t + 1) % STOP_TEST_EVERY == 0 and not running.all():
-            if not running.any():
-                break
-            if share_prompt:
-                # Finished rows leave the batch and the cache.
-                kept = running.nonzero()[:, 0]
-                left = rows, running, tokens, visible, next_position
-                rows, running, tokens, visible, next_position = (x[kept] for x in left)
-                cache.batch_select_indices(kept)
-        seen = visible[:, : prompt_mask.shape[1] + t + 1]                                   # (rows, P + t + 1)
-        context = dict(attention_mask=seen, position_ids=next_position[:, None] + t)
-        logits = policy(tokens[:, None], **context, past_key_values=cache, use_cache=True).logits[:, -1]
-
-    ended = torch.isin(completion_ids, eos_ids)                                             # (N, T)
-    completion_mask = ended.cumsum(1) - ended.long() == 0       # true through the first end token; the rest is not read
-    longest = int(completion_mask.sum(1).max())
-    columns = completion_ids.where(completion_mask, 0), completion_mask, logprobs.where(completion_mask, 0.0)
-    return tuple(x[:, :longest] for x in columns)
+        if test_now and share_prompt and not running.all():
+            kept = running.nonzero()[:, 0]  # finished rows leave the batch and the cache
+            rows, running, tokens, visible, lengths = (x[kept] for x in (rows, running, tokens, visible, lengths))
+            cache.batch_select_indices(kept)
+        logits = policy(tokens[:, None], attention_mask=visible[:, : prompt_mask.shape[1] + t + 1],
+                        position_ids=lengths[:, None] + t, past_key_values=cache, use_cache=True).logits[:, -1]
+    ended = torch.isin(ids, eos_ids)                                                        # (N, T)
+    mask = ended.cumsum(1) - ended.long() == 0      # (N, T), true through the first EOS token; the rest is not read
+    longest = int(mask.sum(1).max())
+    columns = ids.where(mask, 0), mask, logprobs.where(mask, 0.0)
+    return tuple(x[:, :longest].unflatten(0, (num_prompts, -1)) for x in columns)
 
 
 # ----- Log-probabilities: log pi(o_{i,t} | q, o_{i,<t}), for the ratio and for the KL -----
 
 
-def gathering_weights(function: Callable) -> Callable:
-    """With several processes, each holds a part of a model's weights; FSDP2 gathers them while the model's forward
-    runs. This makes function(model, ...) that forward. On one process it changes nothing."""
+def pack_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Put each prompt and its C completions into one row, [ q | o_1 | ... | o_C | padding ], so that the prompt is
+    computed once. Every completion sees the prompt and itself, at the positions it would have alone.
 
-    @functools.wraps(function)
-    def call(model: nn.Module, *args, **kwargs):
-        if not isinstance(model, FSDPModule):
-            return function(model, *args, **kwargs)
-        model.forward = functools.partial(function, model)
-        return model(*args, **kwargs)
-
-    return call
-
-
-@gathering_weights
-def completion_logprobs(
-    policy: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    completion_ids: Tensor,
-    completion_mask: Tensor,
-    temperature: float,
-    entropy_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding.
-
-    Args:
-        prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T), N / B completions per prompt.
-        temperature: the one that sampled.
-        entropy_grad: keeps the gradient of the entropy, for an entropy bonus.
+    Returns:
+        inputs: of the model, input_ids (R, L) and, where C > 1, position_ids (R, L) and attention_mask (R, 1, L, L).
+        before: (R, K), for each completion token of a row, the place of the state s_t = (q, o_{<t}) that predicts it.
+        is_token: (R, K), bool, false in the padding of rows with fewer than K completion tokens.
     """
-    # For each of the M completion tokens, the hidden state one place before it, which predicts it.
-    hidden = completion_hidden(policy.base_model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # (M, H)
-    tokens = completion_ids[completion_mask]                                                # (M,)
+    (num_rows, completions_per_row, width), device = batch.completion_ids.shape, batch.prompt_ids.device
+    lengths = batch.prompt_mask.sum(1, keepdim=True)                                        # (R, 1), |q|
+    segment = torch.arange(1, completions_per_row + 1, device=device).repeat_interleave(width)  # 0: q, c: o_c
+    segment = torch.cat([torch.zeros_like(batch.prompt_ids), segment.expand(num_rows, -1)], 1)  # (R, P + C T)
+    position = lengths + torch.arange(width, device=device).repeat(completions_per_row)     # (R, C T)
+    position = torch.cat([(batch.prompt_mask.cumsum(1) - 1).clamp(min=0), position], 1)     # (R, P + C T)
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids.flatten(1)], 1)                 # (R, P + C T)
+    mask = torch.cat([batch.prompt_mask, batch.completion_mask.flatten(1)], 1)              # (R, P + C T)
 
-    def score(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(m, H), (m,) -> the log-probabilities of these m tokens and the entropies, (m,) each."""
-        logits = output_logits(policy, hidden)                                              # (m, V)
-        wide = torch.promote_types(logits.dtype, torch.float32)  # at -6 nats, bfloat16 moves in steps of 0.03
-        logits = logits if temperature == 1 else logits.to(wide) / temperature  # a division by 1 would copy them
-        logp = logits.log_softmax(-1, dtype=wide)                                           # (m, V)
-        logprobs = logp.gather(1, tokens[:, None])[:, 0]                                    # (m,)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
-            entropy = torch.special.entr(logp.exp()).sum(-1)                                # (m,), -sum_v p log p
-        return logprobs, entropy
+    # Close the gaps: tokens first, in their order, padding last. L is the longest row.
+    order = mask.logical_not().byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]  # (R, L)
+    ids, mask, segment, position = (x.gather(1, order) for x in (ids, mask, segment, position))
+    inputs = {"input_ids": ids}  # alone in a row, a completion needs no more: the padding comes after it
+    if completions_per_row > 1:
+        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (R, query L, key L)
+        visible = (visible & torch.ones_like(visible[0]).tril())[:, None]                   # (R, 1, L, L)
+        # Additive, because gemma2's eager attention adds a boolean mask as 0 and 1; in the dtype of the computation.
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+        bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
+        inputs |= {"position_ids": position, "attention_mask": bias}
 
-    # A large vocabulary is scored in pieces that the backward pass computes again: no (N, T, V) tensor is ever held.
-    vocab_size = policy.config.get_text_config().vocab_size
-    pieces = math.ceil(len(tokens) * vocab_size / LOGITS_AT_ONCE[tokens.device.type])
-    if pieces > 1:
-        chunks = zip(hidden.tensor_split(pieces), tokens.tensor_split(pieces), strict=True)
-        scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-    else:
-        scored = [score(hidden, tokens)]
-    logprobs, entropy = (torch.cat(column) for column in zip(*scored, strict=True))         # (M,), (M,)
-    zeros = torch.zeros(completion_ids.shape, dtype=logprobs.dtype, device=logprobs.device)
-    return zeros.masked_scatter(completion_mask, logprobs), zeros.masked_scatter(completion_mask, entropy)
+    # A token is predicted one place before its own, the first token of each completion at the end of the prompt.
+    place = torch.arange(ids.shape[1], device=device).expand_as(ids)                        # (R, L)
+    before = torch.where(position == lengths, lengths, place) - 1                           # (R, L)
+    # The completion tokens of a row stand together, behind its prompt.
+    counts = batch.completion_mask.sum((1, 2))[:, None]                                     # (R, 1)
+    nth = torch.arange(int(counts.max()), device=device)                                    # (K,)
+    before = before.gather(1, (lengths + nth).clamp(max=ids.shape[1] - 1))                  # (R, K)
+    return inputs, before.clamp(min=0), nth < counts
+
+
+def completion_logprobs(policy: nn.Module, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (R, C, T), in nats, 0 in the padding.
+
+    Args: temperature: the one that sampled.
+    """
+    inputs, before, is_token = pack_rows(batch, policy.dtype)
+    # Only the states that predict a completion token reach the output layer: no logits of prompts are computed.
+    logits = policy(**inputs, use_cache=False, logits_to_keep=before).logits                # (R, K, V)
+    float32 = torch.promote_types(logits.dtype, torch.float32)  # at -6 nats, bfloat16 moves in steps of 0.03
+    logp = (logits.to(float32) / temperature).log_softmax(-1)                               # (R, K, V)
+    tokens = torch.zeros_like(before).masked_scatter(is_token, batch.completion_ids[batch.completion_mask])  # (R, K)
+    logprobs = logp.gather(2, tokens[..., None])[..., 0]                                    # (R, K)
+    entropy = -(logp.exp() * logp).sum(-1)                  # (R, K); p log p is 0 at p = 0, and so is its gradient
+    zeros = torch.zeros(batch.completion_ids.shape, dtype=logp.dtype, device=logp.device)
+    return tuple(zeros.masked_scatter(batch.completion_mask, x[is_token]) for x in (logprobs, entropy))
 
 
 # ----- Values: V(s_t), what the value model expects from a prefix on -----
 
 
 class ValueModel(nn.Module):
-    """The policy's transformer with a scalar head instead of the output head. It starts at V = 0 everywhere."""
+    """The policy's transformer with a scalar head instead of the output layer. It starts at V = 0 everywhere."""
 
     def __init__(self, policy: nn.Module):
         super().__init__()
@@ -406,37 +385,36 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """The value at every place of rows as from `pack_rows`: (R, L)."""
+        return self.head(self.backbone(**inputs, use_cache=False).last_hidden_state)[..., 0]
 
-@gathering_weights
-def completion_values(
-    value_model: ValueModel, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-) -> Tensor:
-    """V(s_t) of the state s_t = (q, o_{<t}) before each token, (N, T), in units of reward, 0 in the padding.
 
-    Args: as for `completion_hidden`.
-    """
-    hidden = completion_hidden(value_model.backbone, prompt_ids, prompt_mask, completion_ids, completion_mask)  # (M, H)
-    values = value_model.head(hidden)[:, 0]                                                 # (M,)
+def completion_values(value_model: ValueModel, batch: Batch) -> Tensor:
+    """V(s_t) of the state s_t = (q, o_{<t}) before each token, (R, C, T), in units of reward, 0 in the padding."""
+    inputs, before, is_token = pack_rows(batch, value_model.head.weight.dtype)
+    values = value_model(**inputs).gather(1, before)[is_token]                              # one per completion token
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    zeros = torch.zeros(completion_ids.shape, dtype=values.dtype, device=values.device)
-    return zeros.masked_scatter(completion_mask, values)
+    return torch.zeros_like(batch.completion_mask, dtype=values.dtype).masked_scatter(batch.completion_mask, values)
 
 
-# ----- 2. Token rewards: the KL penalty on every token, the score on the last -----
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the tokens: 1 is a perfect prediction, 0 is no better than a constant."""
+    errors, returns = (returns - values)[mask], returns[mask]
+    return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+
+
+# ----- 2. Token rewards: the KL penalty on every token, the completion's reward on the last -----
 
 
 def token_rewards(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: float) -> Tensor:
     """r_t = r_phi [t is the last token] - beta kl_t (DeepSeekMath Eq. 2, InstructGPT Eq. 2), without gradient.
 
-    Args:
-        rewards: (N,), the score of each completion. kl, completion_mask: (N, T), kl as from `kl_estimate`.
-
-    Returns:
-        (N, T), 0 in the padding. A row sums to its score less beta times its KL.
+    Args: rewards (...), one per completion; kl, completion_mask (..., T), kl as from `kl_estimate`.
+    Returns: (..., T), 0 in the padding. A completion's token rewards sum to its reward less beta times its KL.
     """
-    last = completion_mask & (completion_mask.sum(1, keepdim=True) == completion_mask.cumsum(1))  # (N, T), one a row
-    scores = rewards[:, None].where(last, 0.0)                                              # (N, T)
-    return (scores - beta * kl).where(completion_mask, 0.0).detach()                        # (N, T)
+    last = completion_mask & (completion_mask.sum(-1, keepdim=True) == completion_mask.cumsum(-1))  # one a completion
+    return (rewards[..., None].where(last, 0.0) - beta * kl).where(completion_mask, 0.0).detach()   # (..., T)
 
 
 # ----- 3. The advantages: gae and whiten in advantage.py -----
@@ -444,91 +422,79 @@ def token_rewards(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: fl
 
 
 def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int) -> Tensor:
-    """What each token weighs in the loss: (N, T), 0 in the padding.
+    """The weight of each token in the loss: (..., T), 0 in the padding.
 
-    Computed for the whole batch and only then cut into micro-batches, whose losses and gradients therefore add up to
-    those of the batch, however it is cut.
+    Computed for the whole batch of N completions and only then cut into micro-batches, whose losses and gradients
+    therefore add up to those of the batch, however it is cut.
 
-        "sequence"  1/N 1/|o_i|                 every completion counts the same (DeepSeekMath Eqs. 1 and 3)
-        "token"     1 / sum_i |o_i|             every token counts the same, so long completions count more (DAPO Eq. 8)
-        "constant"  1 / (N max_new_tokens)      a constant instead of |o_i|: no bias by length (Dr. GRPO)
+        "sequence"  1/N 1/|o_i|               every completion counts the same (DeepSeekMath Eqs. 1 and 3)
+        "token"     1 / sum_i |o_i|           every token counts the same, so long completions count more (DAPO Eq. 8)
+        "constant"  1 / (N max_new_tokens)    a constant instead of |o_i|: no bias by length (Dr. GRPO)
     """
     # Differs: DAPO averages the tokens of one group, then groups; here, as is usual, those of all groups at once.
-    mask = completion_mask.float()                                                          # (N, T)
+    mask = completion_mask.float()                                                          # (..., T)
+    num_completions = mask[..., 0].numel()
     if loss_average == "sequence":
-        return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+        return mask / mask.sum(-1, keepdim=True).clamp(min=1) / num_completions
     if loss_average == "token":
         return mask / mask.sum().clamp(min=1)
     if loss_average == "constant":
-        return mask / (len(mask) * max_new_tokens)
+        return mask / (num_completions * max_new_tokens)
     raise ValueError(f"loss_average must be one of sequence, token, constant, got {loss_average!r}")
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    completion_mask: Tensor,
-    weights: Tensor,
-    clip_eps: float = 0.2,
-    clip_eps_high: float | None = None,
-    penalty_beta: float | None = None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor, weights: Tensor,
+    clip_eps: float = 0.2, clip_eps_high: float | None = None, penalty_beta: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-L^CLIP of PPO Eq. 7: -sum_t weight * min[r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t].
 
     Args:
-        logprobs, old_logprobs: (N, T), in nats; only the first carries a gradient.
-        advantages, completion_mask, weights: (N, T); weights as from `loss_weights`.
+        logprobs, old_logprobs: (..., T), in nats; only the first carries a gradient.
+        advantages, completion_mask, weights: (..., T); weights as from `loss_weights`.
         penalty_beta: if given, PPO Eq. 8 instead: -sum_t weight * (r_t A_t - penalty_beta KL[pi_old, pi_theta]).
 
-    Returns:
-        the loss, a scalar, and for the curves ratio, clip_frac and approx_kl, each (N, T) without gradient.
+    Returns: the loss, a scalar, and the metrics ratio, clip_frac and approx_kl, each (..., T) without gradient.
     """
-    check_shapes(
-        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=completion_mask, weights=weights
-    )
-    # The padding is masked before exp: overflowing there would turn its zero gradient into NaN.
-    log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (N, T)
-    advantages = advantages.where(completion_mask, 0.0)                                     # (N, T)
-    # PPO Eq. 6: r_t = pi_theta / pi_old, the ratio that makes samples of the old policy speak for the new one.
-    ratio = log_ratio.exp()                                                                 # (N, T)
-    approx_kl = torch.expm1(log_ratio) - log_ratio      # (N, T), k3 of KL[pi_old, pi_theta]: pi_old sampled the tokens
+    assert logprobs.shape == old_logprobs.shape == advantages.shape == completion_mask.shape == weights.shape
+    # The padding is masked before exp: an overflow there would turn its zero gradient into NaN.
+    log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (..., T)
+    advantages = advantages.where(completion_mask, 0.0)                                     # (..., T)
+    # PPO Eq. 6: r_t = pi_theta / pi_old reweighs samples of the old policy to be those of the new one.
+    ratio = log_ratio.exp()                                                                 # (..., T)
+    approx_kl = torch.expm1(log_ratio) - log_ratio   # (..., T), k3 of KL[pi_old, pi_theta]: pi_old sampled the tokens
 
-    # PPO Eq. 7: the minimum is a pessimistic bound. Past the clip range, nothing more can be gained: gradient 0.
-    unclipped = ratio * advantages                                                          # (N, T)
+    # PPO Eq. 7, a pessimistic bound: the gradient is 0 where the ratio is past the clip range on the side to which the
+    # advantage pushes it, and only there.
+    unclipped = ratio * advantages                                                          # (..., T)
     clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high)) * advantages
-    objective = torch.minimum(unclipped, clipped)                                           # (N, T)
+    objective = torch.minimum(unclipped, clipped)                                           # (..., T)
     if penalty_beta is not None:
-        objective = unclipped - penalty_beta * approx_kl                                    # (N, T), Eq. 8
+        objective = unclipped - penalty_beta * approx_kl                                    # (..., T), Eq. 8
 
     loss = -(objective * weights).sum()                                                     # scalar
-    curves = {"ratio": ratio, "clip_frac": (clipped < unclipped).float(), "approx_kl": approx_kl}
-    return loss, {name: value.detach() for name, value in curves.items()}
+    metrics = {"ratio": ratio, "clip_frac": (clipped < unclipped).float(), "approx_kl": approx_kl}
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    completion_mask: Tensor,
-    weights: Tensor,
+    values: Tensor, old_values: Tensor, returns: Tensor, completion_mask: Tensor, weights: Tensor,
     value_clip_eps: float = 0.2,
 ) -> tuple[Tensor, Tensor]:
     """sum_t weight * 1/2 max[(V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2].
 
     Args:
-        values, old_values, returns, completion_mask, weights: (N, T); only the first carries a gradient.
+        values, old_values, returns, completion_mask, weights: (..., T); only the first carries a gradient.
         value_clip_eps: in units of reward.
 
-    Returns:
-        the loss, a scalar, and where the clipping decides, (N, T), as 0 and 1.
+    Returns: the loss, a scalar, and where the clipping decides, (..., T), as 0 and 1.
     """
-    check_shapes(values=values, old_values=old_values, returns=returns, mask=completion_mask, weights=weights)
+    assert values.shape == old_values.shape == returns.shape == completion_mask.shape == weights.shape
     # Differs: PPO Eq. 9 has (V - V^targ)^2. The 1/2 and the clipping are Ziegler et al.'s.
     values, old_values, returns = (x.where(completion_mask, 0.0) for x in (values, old_values, returns))
-    # V_old + clip(V - V_old, -eps, eps), but V itself, not rounded, where it is inside.
-    clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)  # (N, T)
-    errors, clipped_errors = (values - returns).square(), (clipped_values - returns).square()  # (N, T), (N, T)
+    # V_old + clip(V - V_old, -eps, eps), but exactly V, without rounding, where V is inside.
+    clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)  # (..., T)
+    errors, clipped_errors = (values - returns).square(), (clipped_values - returns).square()  # (..., T), twice
     loss = (0.5 * torch.maximum(errors, clipped_errors) * weights).sum()                    # scalar
     return loss, (clipped_errors > errors).float().detach()
 
@@ -536,222 +502,222 @@ def value_loss(
 # ----- The loop: PPO Algorithm 1 -----
 
 
-def train(args: Args) -> Path:
-    """Train a policy as `args` say. Returns the folder of the trained policy, in Hugging Face format."""
-    args = complete_args(args)
+def train(args: Args, stop: threading.Event | None = None) -> Path:
+    """Train a policy as `args` say. Returns its folder, in Hugging Face format. Setting `stop` ends the run early."""
+    args, stop = check_args(args), stop or threading.Event()
     if args.adaptive_kl_target and not args.beta:
         raise UserError("--adaptive-kl-target needs a --beta to start from")
-    run = Run(args, "ppo")
-    problems, held_out = load_problems(args)
-    tokenizer, policy, eos_ids = load_policy(args.model, run.device)
-    ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta > 0 else None     # no KL, no reference
-    prepare(ref_policy)
+    device = start(args)
+    tokenizer, problems, held_out = load_problems(args)
+    policy, eos_ids = load_policy(args.model, tokenizer, device)
+    ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta else None         # no KL, no reference
     value_model = ValueModel(policy)                                                        # Differs: of its own
-    prepare(value_model, args.gradient_checkpointing)
-    sampler = make_sampler(policy, run.dtype)
-    share_prompt = args.share_prompt and sharing_is_exact(policy, sampler, problems, args, run)
-    prepare(policy, args.gradient_checkpointing)
-    # Differs: constant learning rates, and `optimizer_step` clips the gradient's norm.
-    adam = functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
-    optimizer = adam(policy.parameters(), lr=args.learning_rate)
-    value_optimizer = adam(value_model.parameters(), lr=args.value_learning_rate)
-    kl_control = AdaptiveKL(args.beta, args.adaptive_kl_target) if args.adaptive_kl_target else None
-    penalty = PenaltyKL(1.0, args.penalty_kl_target) if args.penalty_kl_target else None   # PPO 4: any start will do
-    run.load_checkpoint(tokenizer, {  # and say what a checkpoint holds
-        "policy": policy, "optimizer": (policy, optimizer), "value_model": value_model,
-        "value_optimizer": (value_model, value_optimizer), "kl_control": kl_control, "penalty": penalty,
-    })
-    refresh_sampler(sampler, policy)
-    evaluation = functools.partial(evaluate, sampler, tokenizer, held_out, eos_ids, args, share_prompt, run)
-    run.begin(problems, held_out, evaluation)
+    row_tokens = longest_shared_row(policy, problems, args.share_prompt)                    # 0: no prompt is shared
+    args, config = replace(args, dtype=choose_dtype(policy, args.dtype)), policy.config.get_text_config()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    sampler = make_sampler(policy, args.dtype)
+    shard(ref_policy)
+    shard(value_model, args.gradient_checkpointing)
+    shard(policy, args.gradient_checkpointing)
+    # Differs: constant learning rates, and `optimizer_step` clips the gradient.
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    value_optimizer = torch.optim.AdamW(
+        value_model.parameters(), lr=args.value_learning_rate, weight_decay=0.0, fused=True
+    )
+    models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None),              # what a checkpoint holds
+              "value_model": (value_model, value_optimizer)}
+    betas = {"kl": args.beta, "penalty": 1.0}                                               # PPO 4: any start will do
+    run = Run(args, tokenizer, (problems, held_out), models, betas)
     for step in run.steps():
-        generator = seed_step(args.seed, step)
-        beta = kl_control.beta if kl_control else args.beta
+        refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta
+        last = step == args.num_steps or all_sum(torch.tensor(stop.is_set(), device=device, dtype=torch.long)) > 0
+        if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
+            run.log(evaluate(sampler, tokenizer, held_out, eos_ids, row_tokens > 0, args, run))
+        if last or (args.save_every and step % args.save_every == 0):
+            run.save()
+        if last:
+            break
+        run.clock()
 
         # ---- 1. Generate completions: the policy as it is now is pi_old ----
-        batch = next_problems(problems, step, args.num_prompts, args.seed)                  # B pairs (ids, answer)
-        prompt_ids, prompt_mask = pad_prompts([ids for ids, _ in batch], run.device)        # (B, P)
-        size = args.num_prompts, args.group_size, args.max_new_tokens
-        uniforms = torch.rand(size, dtype=torch.float64, generator=generator)               # (B, G, T)
-        # With several processes, each samples its share of the prompts; `gather` gives every process all completions.
-        completion_ids, completion_mask, _ = gather(*generate_completions(
-            sampler, *share(prompt_ids, prompt_mask, uniforms), args.temperature, eos_ids, share_prompt
-        ))                                                                                  # (N, T)
-        completions = decode(tokenizer, completion_ids, completion_mask)                    # N texts
-        answers = [answer for _, answer in batch for _ in range(args.group_size)]           # N texts
-        rewards = run.score(completions, answers).view(-1, args.group_size)                 # (B, G), r_phi by `reward`
-        truncated = ~(torch.isin(completion_ids, eos_ids) & completion_mask).any(1)         # (N,), no end token
-        run.lap("time/sample")
+        chosen = next_problems(problems, step, args.num_prompts, args.seed)                 # B pairs (ids, answer)
+        prompts = pad_prompts([ids for ids, _ in chosen], device)                           # (B, P), ids and mask
+        shape = args.num_prompts, args.group_size, args.max_new_tokens
+        uniforms = torch.rand(shape, dtype=torch.float64, generator=seed_step(args.seed, step))  # (B, G, T)
+        # Each process samples its share of the prompts. From `all_gather` on, all of them have the whole batch.
+        sampled = generate_completions(
+            sampler, *(share(x) for x in (*prompts, uniforms)), args.temperature, eos_ids, row_tokens > 0
+        )
+        answers = [answer for _, answer in share(chosen) for _ in range(args.group_size)]
+        rewards = compute_rewards(decode(tokenizer, *sampled[:2]), answers, run).view(-1, args.group_size)  # r_phi
+        (rewards,), batch = all_gather(rewards), Batch(*prompts, *all_gather(*sampled))     # (B, G); (B, G, T)
+        lengths = batch.completion_mask.sum(-1)                                             # (B, G), |o|
+        ended = (torch.isin(batch.completion_ids, eos_ids) & batch.completion_mask).any(-1)  # (B, G)
+        run.clock("time/sample")
 
         # ---- The same tokens under pi_old, pi_ref and the old value model, without gradient ----
-        # Minibatches, one update each, of micro-batches (prompts, rows): indices into the B prompts and N completions.
-        k = completions_per_row(prompt_mask, completion_mask, policy) if share_prompt else 1
-        minibatches = split_batch(
-            prompt_mask, completion_mask, torch.ones_like(prompt_mask[:, 0]), args.num_minibatches,
-            args.micro_batch_tokens, k, generator,
-        )
-        # Differs: by the forward pass of the update, not by the sampler, so that before it the ratio is exactly 1.
-        tokens = prompt_ids, prompt_mask, completion_ids, completion_mask
-        with torch.no_grad(), run.autocast():
-            old_values = score_batch(completion_values, value_model, minibatches, tokens)   # (N, T)
-            old_logprobs = score_batch(completion_logprobs, policy, minibatches, tokens, args.temperature)  # (N, T)
+        # From here on in R rows of C completions, R C = B G. One update per minibatch, one pass per micro-batch.
+        batch = batch.repack(completions_per_row(batch, row_tokens, config.hidden_size))    # (R, C, T)
+        rewards, mask = rewards.view(batch.completion_ids.shape[:2]), batch.completion_mask  # (R, C), r_phi; (R, C, T)
+        has_signal = torch.ones(args.num_prompts, dtype=torch.bool)                         # (B,)
+        minibatches = split_batch(batch, has_signal, config.vocab_size, args)
+        with torch.no_grad(), autocast:
+            # Differs: by the forward pass of the update, not by the sampler, on minibatches that stay the same
+            # in all epochs: before the first update the ratio is exactly 1.
+            old_logprobs = score_batch(completion_logprobs, policy, batch, minibatches, args.temperature)  # (R, C, T)
             ref_logprobs = old_logprobs  # without a reference the KL is 0
             if ref_policy:
-                ref_logprobs = score_batch(completion_logprobs, ref_policy, minibatches, tokens, args.temperature)
+                ref_logprobs = score_batch(completion_logprobs, ref_policy, batch, minibatches, args.temperature)
+            old_values = score_batch(completion_values, value_model, batch, minibatches)    # (R, C, T)
 
         # ---- 2. The KL from the reference goes into the reward of every token ----
         # Eq. 2 says pi_theta: the policy that sampled, our pi_old. A reward does not change during the epochs.
-        kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)                     # (N, T)
-        reward_beta = beta if args.kl_placement == "reward" else 0.0
-        r_t = token_rewards(rewards.flatten(), kl, completion_mask, reward_beta)            # (N, T)
+        kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)                     # (R, C, T)
+        r_t = token_rewards(rewards, kl, mask, betas["kl"] if args.kl_placement == "reward" else 0.0)  # (R, C, T)
         if args.whiten_rewards:
-            r_t = whiten(r_t, completion_mask, shift_mean=False)
+            r_t = whiten(r_t, mask, shift_mean=False)
 
-        # ---- 3. The advantages: how much better than the value model foretold was each token? ----
-        advantages, returns = gae(r_t, old_values, completion_mask, args.gamma, args.gae_lambda)  # (N, T)
-        explained = explained_variance(old_values, returns, completion_mask)
+        # ---- 3. The advantages: how much better than the value model predicted was each token? ----
+        advantages, returns = gae(r_t, old_values, mask, args.gamma, args.gae_lambda)       # (R, C, T), twice
+        explained = explained_variance(old_values, returns, mask)
         if args.whiten_advantages:
-            advantages = whiten(advantages, completion_mask)                                # (N, T). Differs
+            advantages = whiten(advantages, mask)                                           # (R, C, T). Differs
+        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls; a minibatch holds
+        # 1 / num_minibatches of the completions, hence the factor.
+        weights = args.num_minibatches * loss_weights(mask, args.loss_average, args.max_new_tokens)  # (R, C, T)
+        batch = batch._replace(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantages,
+                               weights=weights, old_values=old_values, returns=returns)
 
         # ---- 4. The losses and the updates, K epochs ----
-        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls; a minibatch holds about
-        # 1 / num_minibatches of the weight, hence the factor.
-        weights = args.num_minibatches * loss_weights(completion_mask, args.loss_average, args.max_new_tokens)  # (N, T)
-        curves, value_curves = Curves(), Curves()
+        metrics, value_metrics, warming_up = Metrics(), Metrics(), step < args.value_warmup_steps
         for epoch in range(1, args.update_epochs + 1):
             for minibatch in minibatches:
-                for prompts, rows in share(minibatch):
-                    mask, weight = completion_mask[rows], weights[rows]                     # (rows, T), twice
-                    inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], mask
-                    with run.autocast():
-                        values = completion_values(value_model, *inputs)                    # (rows, T)
+                for rows in map(batch.rows, minibatch):
+                    with autocast:
+                        values = completion_values(value_model, rows)                       # (R', C, T)
                     v_loss, value_clipped = value_loss(
-                        values, old_values[rows], returns[rows], mask, weight, args.value_clip_eps
+                        values, rows.old_values, rows.returns, rows.completion_mask, rows.weights, args.value_clip_eps
                     )
-                    v_loss.backward()  # now, so that its activations go before the policy's come
-                    with run.autocast():
-                        logprobs, entropy = completion_logprobs(
-                            policy, *inputs, args.temperature, entropy_grad=args.entropy_coef > 0
-                        )                                                                   # (rows, T), twice
+                    v_loss.backward()  # now, so that its activations are gone before the policy's are there
+                    value_metrics.add(rows.completion_mask, v_loss, clip_frac=value_clipped)
+                    if warming_up:
+                        continue  # Differs: first only the value model learns
+                    with autocast:
+                        logprobs, entropy = completion_logprobs(policy, rows, args.temperature)  # (R', C, T), twice
                     loss, per_token = policy_loss(
-                        logprobs, old_logprobs[rows], advantages[rows], mask, weight,
-                        args.clip_eps, args.clip_eps_high, penalty.beta if penalty else None,
+                        logprobs, rows.old_logprobs, rows.advantages, rows.completion_mask, rows.weights,
+                        args.clip_eps, args.clip_eps_high, betas["penalty"] if args.penalty_kl_target else None,
                     )
                     if args.kl_placement == "loss" and ref_policy:
-                        ref_kl = kl_estimate(logprobs, ref_logprobs[rows], args.kl_estimator)  # (rows, T)
-                        loss = loss + beta * (ref_kl * weight).sum()
+                        ref_kl = kl_estimate(logprobs, rows.ref_logprobs, args.kl_estimator)  # (R', C, T)
+                        loss = loss + betas["kl"] * (ref_kl * rows.weights).sum()
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * (entropy * weight).sum()          # PPO Eq. 9, c_2 S
+                        loss = loss - args.entropy_coef * (entropy * rows.weights).sum()    # PPO Eq. 9, c_2 S
                     loss.backward()
                     by_epoch = {f"{name}_epoch_{epoch}": per_token[name] for name in ("clip_frac", "approx_kl")}
-                    curves.add(loss, mask, entropy=entropy, **per_token, **by_epoch)
-                    value_curves.add(v_loss, mask, clip_frac=value_clipped)
-                value_norm = optimizer_step(value_model, value_optimizer, args.max_grad_norm)
-                if step < args.value_warmup_steps:
-                    optimizer.zero_grad()  # Differs: first only the value model learns; without a gradient AdamW rests
-                grad_norm = optimizer_step(policy, optimizer, args.max_grad_norm)
-                value_curves.update(value_norm)
-                curves.update(grad_norm)
-            if args.early_stop_kl and curves.mean(f"approx_kl_epoch_{epoch}") > args.early_stop_kl:
+                    metrics.add(rows.completion_mask, loss, entropy=entropy, **per_token, **by_epoch)
+                value_metrics.grad_norms.append(optimizer_step(value_model, value_optimizer, args.max_grad_norm))
+                if not warming_up:
+                    metrics.grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm))
+            if args.early_stop_kl and not warming_up and metrics.mean(f"approx_kl_epoch_{epoch}") > args.early_stop_kl:
                 break
-        if penalty and step >= args.value_warmup_steps:
+        used_beta = betas["kl"]
+        if args.penalty_kl_target and not warming_up:
             # PPO section 4: the next penalty follows from how far all updates together have moved the policy.
-            with torch.no_grad(), run.autocast():
-                new_logprobs = score_batch(completion_logprobs, policy, minibatches, tokens, args.temperature)  # (N, T)
-            penalty.update(kl_estimate(old_logprobs, new_logprobs, "k3")[completion_mask].mean().item())
-        if kl_control and step >= args.value_warmup_steps:  # before, the policy stands still
-            kl_control.update(kl.sum(1).mean().item())                                      # nats per completion
-        refresh_sampler(sampler, policy)
-        run.lap("time/update")
+            with torch.no_grad(), autocast:
+                logprobs = score_batch(completion_logprobs, policy, batch, minibatches, args.temperature)  # (R, C, T)
+            moved = kl_estimate(old_logprobs, logprobs, "k3")[mask].mean().item()           # nats per token
+            betas["penalty"] = penalty_beta(betas["penalty"], moved, args.penalty_kl_target)
+        if args.adaptive_kl_target and not warming_up:
+            betas["kl"] = adaptive_beta(used_beta, kl.sum(-1).mean().item(), args.adaptive_kl_target)
+        run.clock("time/update")
 
         run.log({
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(),
-            "completion/length": completion_mask.sum(1).float().mean(),
-            "completion/truncated": truncated.float().mean(),
-            "policy/kl": kl.sum() / completion_mask.sum(),
-            "policy/beta": beta,
-            **curves.means("policy"),
-            **value_curves.means("value"),
+            "completion/length": lengths.float().mean(),
+            "completion/truncated": 1 - ended.float().mean(),
+            "policy/kl": kl.sum() / mask.sum(),
+            "policy/sampler_gap": (old_logprobs - batch.sampler_logprobs)[mask].abs().mean(),
+            "policy/beta": used_beta,
+            **(metrics.means("policy") if not warming_up else {}),
+            **value_metrics.means("value"),
             "value/explained_variance": explained,
         })
-        seen = [(tokenizer.decode(batch[0][0]) + completions[0], rewards[0, 0].item())]
-        run.after_step(seen)
     return run.finish()
 
 
 # ================================== PLUMBING ====================================
-# What follows is not part of the algorithm: arguments, problems and prompts, cutting the batch, models, the run.
+# What follows is not part of the algorithm: arguments, problems, cutting the batch, models, processes, the run.
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: printed as one sentence, without a traceback."""
+    """A mistake of the user's: printed as one sentence, without a traceback."""
 
 
-def first_sentence(error: Exception) -> str:
-    """What an error says, without the advice that follows."""
-    return re.split(r"(?<=\w[.!?]) ", " ".join((str(error) or repr(error)).split()))[0][:300]
-
-
-# Defaults that depend on the model, and what the numbers may be.
-TINY_DEFAULTS = {"max_new_tokens": 32, "num_steps": 100, "learning_rate": 5e-4, "value_learning_rate": 1e-3}
-OTHER_DEFAULTS = {"max_new_tokens": 512, "num_steps": 200, "learning_rate": 1e-6, "value_learning_rate": 1e-5}
-AT_LEAST_ZERO = (  # all others must be positive
+LEARNING_RATES = {"learning_rate": (5e-4, 1e-6), "value_learning_rate": (1e-3, 1e-5)}  # of the tiny model, of others
+AT_LEAST_ZERO = (  # all other numbers are positive
     "beta", "gamma", "gae_lambda", "entropy_coef", "value_warmup_steps", "seed", "save_every", "eval_every"
 )
 AT_MOST_ONE = ("clip_eps", "gamma", "gae_lambda")
 MIN_GROUP_SIZE = 1  # the value model is the baseline, not a group
 
 
-def complete_args(args: Args) -> Args:
-    """Fill in the defaults that depend on the model, and refuse what cannot work."""
-    tiny = args.model == "tiny"
-    defaults = TINY_DEFAULTS if tiny else OTHER_DEFAULTS
-    args = dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+def check_args(args: Args) -> Args:
+    """Fill in what depends on other arguments, and refuse what cannot work."""
+    for name, rates in LEARNING_RATES.items():
+        if getattr(args, name) is None:
+            args = replace(args, **{name: rates[args.model != Args.model]})
+    if args.data != Args.data and args.eval_data == Args.eval_data:
+        args = replace(args, eval_data="")  # that default belongs to the default --data
     for name, value in vars(args).items():
-        least, most = 0 if name in AT_LEAST_ZERO else 1e-12, 1 if name in AT_MOST_ONE else 2**31
+        least, most = 0 if name in AT_LEAST_ZERO else math.ulp(0), 1 if name in AT_MOST_ONE else 2**31
         if type(value) in (int, float) and not least <= value <= most:
             wanted = f"at most {most}" if value > most else "0 or more" if name in AT_LEAST_ZERO else "positive"
             raise UserError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
-    if args.run_name is not None and (args.run_name in ("", "..") or Path(args.run_name).name != args.run_name):
-        raise UserError(f"--run-name must be the name of a folder in runs/, got {args.run_name!r}")
-    if args.num_prompts % args.num_minibatches:
-        raise UserError(f"--num-minibatches {args.num_minibatches} must divide --num-prompts {args.num_prompts}")
     if args.group_size < MIN_GROUP_SIZE:
         raise UserError(f"--group-size must be at least {MIN_GROUP_SIZE}, got {args.group_size}")
-    if tiny and (args.data or args.eval_data):
-        raise UserError("--data needs a --model that can read it: the tiny model knows its built-in problems only")
-    if not tiny and not args.data:
-        raise UserError(f"--model {args.model} needs --data, a file of JSON lines with a question and an answer")
+    if args.run_name is not None and (args.run_name in ("", "..") or Path(args.run_name).name != args.run_name):
+        raise UserError(f"--run-name must be the name of a folder in runs/, got {args.run_name!r}")
+    if args.resume == "auto" and not args.run_name:
+        raise UserError("--resume auto needs the --run-name of the run to resume")
     return args
 
 
-# ----- Problems and prompts -----
+# ----- Problems: prompts, completions and rewards -----
+
+NO_CODE = {"trust_remote_code": False}  # code that comes with a model is not run, nor is the user asked to
 
 
-def load_problems(args: Args) -> tuple[list[tuple[list[int], str]], ...]:
-    """The training and the held-out problems, each a list of (prompt ids, answer)."""
-    if args.model == "tiny":
-        problems, held_out = tiny_problems(), TINY_HELD_OUT
-    else:
-        problems, more = read_problems(args.data), read_problems(args.eval_data) if args.eval_data else []
-        held_out = len(more) or min(256, len(problems) // 10 + 1)
-        problems += more
-    cut = len(problems) - held_out
-    if cut < args.num_prompts:
-        raise UserError(f"--num-prompts {args.num_prompts} is more than the {cut} training problems")
-    tokenizer, config = load_tokenizer(args.model)
-    limits = [getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "vocab_size")]
-    context, vocabulary = (limit or math.inf for limit in limits)
-    longest = context - args.max_new_tokens
-    encoded = [(encode_prompt(tokenizer, problem.prompt), problem.answer) for problem in problems]
-    for ids, _ in encoded:
-        if not 0 < len(ids) <= longest:
-            raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this model's "
-                            f"context of {context} takes 1 to {longest}: {tokenizer.decode(ids)[:80]!r}")
-        if max(ids) >= vocabulary:
-            raise UserError(f"--model {args.model}: its tokenizer has more tokens than the model, {vocabulary}")
-    return encoded[:cut], encoded[cut:]
+def load_problems(args: Args) -> tuple[PreTrainedTokenizerBase, list[tuple], list[tuple]]:
+    """The tokenizer, the training problems and the held-out problems, each problem as (prompt ids, answer)."""
+    problems = read_problems(args.data)
+    if args.eval_data:
+        held_out = read_problems(args.eval_data)
+    else:  # a tenth, drawn at random, always the same
+        random.Random(0).shuffle(problems)
+        number = min(256, len(problems) // 10 + 1)
+        problems, held_out = problems[number:], problems[:number]
+    if len(problems) < args.num_prompts:
+        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(problems)} training problems")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **NO_CODE)
+        config = AutoConfig.from_pretrained(args.model, **NO_CODE).get_text_config()
+        most_tokens = (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
+        vocab_size = config.vocab_size
+    except Exception as error:  # anything that a folder without a language model can raise
+        raise UserError(f"--model {args.model} is no model folder and no hub id in reach: {error}") from None
+
+    def encode(problem: Problem) -> tuple[list[int], object]:
+        ids = encode_prompt(tokenizer, problem.prompt)
+        if not 0 < len(ids) <= most_tokens:
+            raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this "
+                            f"model's context takes 1 to {most_tokens}: {str(problem.prompt)[:80]!r}")
+        if max(ids) >= vocab_size:
+            raise UserError(f"--model {args.model}: its tokenizer has more tokens than the model, {vocab_size}")
+        return ids, problem.answer
+
+    return tokenizer, [*map(encode, problems)], [*map(encode, held_out)]
 
 
 def read_problems(path: str) -> list[Problem]:
@@ -761,483 +727,305 @@ def read_problems(path: str) -> list[Problem]:
         for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
             place = f"{path}, line {number}"
             if line.strip():
-                problems.append(checked_problem(json.loads(line.decode("utf-8-sig"))))
+                problems.append(read_problem(json.loads(line.decode("utf-8-sig"))))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{place}: the field {error} is missing") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: {error}") from None
+    except Exception as error:  # anything that `read_problem`, the task's own, can raise
+        reason = f"the field {error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{place}: {reason}") from None
     if not problems:
         raise UserError(f"{path} is empty: it must hold one JSON object a line")
     return problems
 
 
-def checked_problem(record: dict) -> Problem:
-    """The problem of one JSON line, if prompt and answer are texts that a tokenizer can read; else a ValueError."""
-    if not isinstance(record, dict):
-        raise ValueError("must be a JSON object")
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids, made once and never from text again. A chat template, where there is one, sets its own BOS; a last
+    turn of the assistant is continued. Special tokens written in a problem stay text."""
     try:
-        problem = read_problem(record)
-        turns = [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
-        texts = [turn[key] for turn in turns for key in ("role", "content")]
-        if not texts:
-            raise TypeError("there is no message")
-        "".join([*texts, problem.answer]).encode()  # half of a surrogate pair is no text: a ValueError
-    except (TypeError, AttributeError) as error:
-        wanted = '"question" must be a string, "prompt" a string or a list of {"role": ..., "content": ...}'
-        raise ValueError(f"{wanted}: {error}") from None
-    return problem
-
-
-def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerFast, AutoConfig]:
-    """The tokenizer and the configuration of --model, which say much of what can be wrong before weights are loaded."""
-    if world()[0] > 0:
-        dist.barrier()  # the first process pretrains the tiny model, the others find it
-    folder = tiny_policy() if model == "tiny" else model
-    if world()[0] == 0 and dist.is_initialized():
-        dist.barrier()
-    try:
-        return AutoTokenizer.from_pretrained(folder, **NO_CODE), AutoConfig.from_pretrained(folder, **NO_CODE)
-    except Exception as error:  # whatever a folder that is no model can raise
-        raise UserError(f"--model {model} is no model folder and no hub id in reach: {first_sentence(error)}") from None
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Token ids, made once and never from text again. The chat template is used where the tokenizer has one; it sets
-    its own BOS. Special tokens written in a problem stay text."""
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise UserError("the prompts are chat messages, but this model's tokenizer has no chat template")
-        return tokenizer(prompt, split_special_tokens=True).input_ids
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
+        if tokenizer.chat_template is None:
+            if not isinstance(prompt, str):
+                raise ValueError("it is no text, and this model's tokenizer has no chat template")
+            return tokenizer(prompt, split_special_tokens=True).input_ids
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        is_chat = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
+        if not is_chat or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+            raise ValueError('it must be a text or a list of {"role": text, "content": text}')
+        continued = messages[-1]["role"] == "assistant"
         return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+            messages, add_generation_prompt=not continued, continue_final_message=continued, return_dict=False,
+            sanitize_control_tokens=True,
         )
-    except Exception as error:  # whatever a template can raise
-        raise UserError(f"the model's chat template refuses {str(prompt)[:80]!r}: {first_sentence(error)}") from None
+    except Exception as error:  # anything that a template can raise
+        raise UserError(f"the prompt {str(prompt)[:80]!r} cannot be encoded: {error}") from None
 
 
 def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
-    """The problems of a step: a new random order every epoch. They follow from (seed, step), so a resumed run neither
-    skips nor repeats one."""
+    """The problems of a step: every epoch has a new random order and drops its remainder. They follow from
+    (seed, step), so a resumed run neither skips nor repeats one."""
     epoch, place = divmod(step, len(problems) // num_prompts)
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
     return [problems[i] for i in order[place * num_prompts : (place + 1) * num_prompts]]
 
 
 def pad_prompts(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """prompt_ids and prompt_mask, (B, P), padded on the left. The mask is by length, so pad may be any id."""
+    """prompt_ids and prompt_mask, (B, P), left-padded. The mask is by length, so pad may be any id."""
     ids = [torch.tensor(ids) for ids in prompts]
     masks = [torch.ones(len(ids), dtype=torch.bool) for ids in prompts]
     return tuple(pad_sequence(x, batch_first=True, padding_side="left").to(device) for x in (ids, masks))
 
 
-def decode(tokenizer: PreTrainedTokenizerFast, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
-    """The N completions as texts, for the reward and for the reader."""
-    rows = zip(completion_ids.tolist(), completion_mask.sum(1).tolist(), strict=True)
+def decode(tokenizer: PreTrainedTokenizerBase, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
+    """The completions, (B, G, T), as B G texts. Special tokens are left out: `reward` does not see them."""
+    rows = zip(completion_ids.flatten(0, 1).tolist(), completion_mask.sum(-1).flatten().tolist(), strict=True)
     return tokenizer.batch_decode([ids[:length] for ids, length in rows], skip_special_tokens=True)
+
+
+def compute_rewards(completions: list[str], answers: list, run: "Run") -> Tensor:
+    """The rewards of N completions, (N,). An error in `reward` is in the user's own code: what was learned is saved,
+    then its traceback is shown."""
+    rewards, failure = [], None
+    try:
+        for completion, answer in zip(completions, answers, strict=True):
+            rewards.append(float(reward(completion, answer)))
+            if not math.isfinite(rewards[-1]):
+                raise ValueError(f"reward returned {rewards[-1]} for the completion {completion!r} to {answer!r}")
+    except Exception as error:
+        failure = error
+    if all_sum(torch.tensor(float(failure is not None), device=run.device)):
+        run.save()
+        raise failure or UserError("the reward failed in another process")
+    return torch.tensor(rewards, device=run.device)
 
 
 @torch.no_grad()
 def evaluate(
-    sampler: nn.Module, tokenizer: PreTrainedTokenizerFast, problems: list, eos_ids: Tensor, args: Args,
-    share_prompt: bool, run: "Run",
+    sampler: nn.Module, tokenizer: PreTrainedTokenizerBase, problems: list, eos_ids: Tensor, share_prompt: bool,
+    args: Args, run: "Run",
 ) -> dict[str, float]:
-    """Mean reward on the held-out problems, greedy and sampled, and the length of the sampled completions."""
-    found = {"eval/accuracy": 0.0, "eval/sampled": 0.0, "eval/length": 0.0}
-    rows = args.num_prompts * args.group_size
-    for start in range(0, len(problems), rows):
-        part = problems[start : start + rows]
-        number = len(part)
-        part = part if number >= world()[1] else part * world()[1]  # every process must have something to do
-        prompts = pad_prompts([ids for ids, _ in part], run.device)
-        for name, temperature in (("eval/accuracy", 0.0), ("eval/sampled", args.temperature)):
-            generator = torch.Generator().manual_seed(start)
-            uniforms = torch.rand(len(part), 1, args.max_new_tokens, dtype=torch.float64, generator=generator)
-            ids, mask, _ = gather(*generate_completions(
-                sampler, *share(*prompts, uniforms), temperature, eos_ids, share_prompt
-            ))
-            scores = run.score(decode(tokenizer, ids, mask), [answer for _, answer in part])
-            found[name] += scores[:number].sum().item()
-        found["eval/length"] += mask[:number].sum().item()
-    return {name: value / len(problems) for name, value in found.items()}
+    """Mean reward on the held-out problems, greedy and sampled, and the mean length of the sampled completions."""
+    (rank, processes), size, metrics = world(), args.num_prompts * args.group_size, {}
+    shape = len(problems), 1, args.max_new_tokens
+    uniforms = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[rank::processes]
+    own = problems[rank::processes]
+    for kind, name, temperature in (("greedy", "eval/accuracy", 0.0), ("sampled", "eval/sampled", args.temperature)):
+        completions, lengths = [], torch.zeros((), device=run.device)
+        for i in range(0, len(own), size):
+            prompts = pad_prompts([ids for ids, _ in own[i : i + size]], run.device)
+            ids, mask, _ = generate_completions(
+                sampler, *prompts, uniforms[i : i + size], temperature, eos_ids, share_prompt
+            )
+            completions += decode(tokenizer, ids, mask)
+            lengths += mask.sum()
+        rewards = compute_rewards(completions, [answer for _, answer in own], run)          # (problems,)
+        metrics |= {name: all_sum(rewards.sum()).item() / len(problems)}
+        rows = [
+            {"step": run.step, "kind": kind, "prompt": tokenizer.decode(ids), "completion": text, "answer": answer,
+             "reward": r} for (ids, answer), text, r in zip(own, completions, rewards.tolist(), strict=True)
+        ]
+        if rank == 0:
+            with contextlib.suppress(OSError), (run.folder / "completions.jsonl").open("a") as file:
+                file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+            say("    {kind}, reward {reward:.2f}: {prompt}{completion}".format_map(rows[0])[-150:].replace("\n", " "))
+    metrics["eval/length"] = all_sum(lengths).item() / len(problems)
+    shown = "held-out accuracy {eval/accuracy:.3f} greedy, {eval/sampled:.3f} sampled, {eval/length:.1f} tokens"
+    say(f"step {run.step}: {shown.format_map(metrics)}")
+    return metrics
 
 
-# ----- Packing: the completions of a prompt in one row with it -----
+# ----- Cutting the batch into rows, minibatches and micro-batches; the optimizer step -----
+
+# Most logits in one pass of the update: in float32, 256 MB on a CPU and 1 GB on an accelerator.
+MAX_LOGITS = {"cpu": 2**26, "mps": 2**28, "cuda": 2**28}
 
 
-def completion_hidden(
-    backbone: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-) -> Tensor:
-    """The hidden states from which the completion tokens are predicted: the state s_t = (q, o_{<t}) of each token o_t.
-
-    With k = N / B completions per prompt, k > 1, they share a row: [ q | o_1 | ... | o_k | padding ]. Every completion
-    sees the prompt and itself, and takes its positions as if it stood alone, so that the prompt is paid for once.
-
-    Args:
-        backbone: a causal transformer without its output head.
-        prompt_ids, prompt_mask: (B, P). completion_ids, completion_mask: (N, T).
-
-    Returns:
-        (M, H), the M completion tokens that the mask counts, row by row.
-    """
-    num_prompts, (num_rows, width) = prompt_ids.shape[0], completion_ids.shape
-    k = num_rows // num_prompts
-    device, prompt_lengths = prompt_ids.device, prompt_mask.sum(1, keepdim=True)            # (B, 1)
-    segment = torch.arange(1, k + 1, device=device).repeat_interleave(width)            # 0: prompt, g: completion g
-    segment = torch.cat([torch.zeros_like(prompt_ids), segment.expand(num_prompts, -1)], dim=1)  # (B, P + k T)
-    position = torch.arange(width, device=device).repeat(k) + prompt_lengths                # (B, k T)
-    position = torch.cat([(prompt_mask.cumsum(1) - 1).clamp(min=0), position], dim=1)       # (B, P + k T)
-    ids = torch.cat([prompt_ids, completion_ids.reshape(num_prompts, -1)], dim=1)           # (B, P + k T)
-    mask = torch.cat([prompt_mask, completion_mask.reshape(num_prompts, -1)], dim=1)        # (B, P + k T)
-
-    # Close the gaps: tokens first, in their order, padding last. L is the longest row.
-    order = (~mask).byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]         # (B, L)
-    ids, mask, segment, position = (x.gather(1, order) for x in (ids, mask, segment, position))
-    if k == 1:
-        attention_mask = mask.long()                                                        # the model's own mask
-    else:
-        visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (B, query L, key L)
-        # The padding stands last, so the triangle hides it from every token.
-        visible = (visible & torch.ones_like(visible[0]).tril())[:, None]                   # (B, 1, L, L)
-        # Additive, because gemma2's eager attention adds a boolean mask as 0 and 1; in the dtype of the computation.
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else backbone.dtype
-        attention_mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-        attention_mask = attention_mask.masked_fill(~visible, torch.finfo(dtype).min)
-    hidden = backbone(ids, attention_mask=attention_mask, position_ids=position, use_cache=False).last_hidden_state
-
-    # Token o_t is predicted one place before it; the first one at the end of the prompt.
-    before = torch.arange(ids.shape[1], device=device).expand_as(ids) - 1                   # (B, L)
-    before = torch.where(position == prompt_lengths, prompt_lengths - 1, before)
-    row, column = (mask & (segment > 0)).nonzero(as_tuple=True)                             # (M,), (M,)
-    # index_select: on a CPU the backward of plain indexing adds in any order, so a resumed run would end in other bits.
-    return hidden.flatten(0, 1).index_select(0, row * ids.shape[1] + before[row, column])   # (M, H)
-
-
-def output_logits(policy: nn.Module, hidden: Tensor) -> Tensor:
-    """(M, H) -> (M, V), with the scalings that some model families apply at the head."""
+def longest_shared_row(policy: nn.Module, problems: list, share_prompt: bool) -> int:
+    """The most tokens of a row in which several completions share their prompt; 0 where the model cannot do that.
+    With sqrt(p (6 H + p)) completion tokens, a row costs least (see `completions_per_row`); twice that is plenty."""
     config = policy.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    logits = policy.get_output_embeddings()(hidden * scale)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits
+    prompt = max(1, sum(len(ids) for ids, _ in problems) // len(problems))
+    longest = prompt + 2 * math.ceil(math.sqrt(prompt * (6 * config.hidden_size + prompt)))
+    for name in ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size"):
+        longest = min(longest, getattr(config, name, None) or longest)  # a longer row could be wrong
+    return longest if share_prompt and sharing_is_exact(policy, longest, min(prompt, longest // 3)) else 0
 
 
-# (tokens, V) entries of the float32 log-softmax at once: half a gigabyte on an accelerator. On a CPU 64 MB, which
-# malloc gives back to the system; pieces of less than 32 MB would leave holes in the heap as large as all of them.
-LOGITS_AT_ONCE = {"cuda": 2**27, "mps": 2**27, "cpu": 2**24}
+@torch.no_grad()
+def sharing_is_exact(policy: nn.Module, longest: int, prompt: int) -> bool:
+    """Do three completions of several lengths that fill such a row have the log-probabilities that they have alone?
+    With linear attention, for example, they do not."""
+    width = max(1, (longest - prompt) // 2)
+    lengths = torch.tensor([[width - width // 3], [width], [width // 3]]).clamp(min=1)      # (3, 1), together 2 widths
+    mask = (torch.arange(width) < lengths)[None]                                            # (1, 3, width)
+    ids = torch.randint(policy.config.get_text_config().vocab_size, (1, 4, longest), generator=seed_step(0, 0))
+    batch = Batch(ids[:, 0, :prompt], ids[:, 0, :prompt] >= 0, ids[:, 1:, :width], mask, mask.float())
+    batch = Batch(*(x if x is None else x.to(policy.device) for x in batch))
+    alone, _ = completion_logprobs(policy, batch.repack(1), 1.0)                            # (3, 1, width)
+    try:
+        shared, _ = completion_logprobs(policy, batch, 1.0)                                 # (1, 3, width)
+        gap = (shared.flatten() - alone.flatten()).abs().max().item()
+        reason = "" if gap < 1e-3 else f"its log-probabilities would be off by {gap:.2g} nats"
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        reason = str(error)
+    if reason:
+        say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
+    return not reason
 
 
-# ----- Cutting the batch, and the optimizer step -----
+def completions_per_row(batch: Batch, row_tokens: int, hidden_size: int) -> int:
+    """The cheapest C that divides G and makes no row longer than `row_tokens`; 1 where two completions are too many.
 
-
-def check_shapes(**tensors: Tensor) -> None:
-    """All of one shape (N, T): broadcasting would be silently wrong."""
-    if len({x.shape for x in tensors.values()}) > 1 or any(x.dim() != 2 for x in tensors.values()):
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-        raise ValueError(f"all tensors must be (N, T), got {shapes}")
-
-def completions_per_row(prompt_mask: Tensor, completion_mask: Tensor, policy: nn.Module) -> int:
-    """k: of the G completions of a prompt, how many share its row in the update. The more, the less often the prompt is
-    computed; but every token is compared with the whole row: in a row of L tokens a layer of hidden size H does about
-    12 H^2 + 2 H L = 2 H (6 H + L) multiplications a token. The k that is cheapest for a completion.
-
-    Args: prompt_mask (B, P), completion_mask (N, T); policy: its config names the hidden size H.
+    The larger C, the less often a prompt is computed; but every token is compared with its whole row: in a row of L
+    tokens, a layer of hidden size H does about 12 H^2 + 2 H L = 2 H (6 H + L) multiplications a token.
     """
-    group_size, hidden_size = len(completion_mask) // len(prompt_mask), policy.config.get_text_config().hidden_size
-    prompt, completion = (mask.sum().item() / len(mask) for mask in (prompt_mask, completion_mask))  # mean tokens
-    divisors = [k for k in range(1, group_size + 1) if group_size % k == 0]
-    return min(divisors, key=lambda k: (prompt / k + completion) * (6 * hidden_size + prompt + k * completion))
+    prompts, lengths = batch.prompt_mask.sum(1, keepdim=True), batch.completion_mask.sum(-1)  # (B, 1), (B, G)
+    p, c = prompts.float().mean().item(), lengths.float().mean().item()                     # tokens
+    longest = lambda C: (prompts + lengths.unflatten(1, (-1, C)).sum(-1)).max() if C > 1 else 0
+    fitting = [C for C in range(1, lengths.shape[1] + 1) if lengths.shape[1] % C == 0 and longest(C) <= row_tokens]
+    return min(fitting, key=lambda C: (p / C + c) * (6 * hidden_size + p + C * c))
 
 
-def split_batch(
-    prompt_mask: Tensor, completion_mask: Tensor, teaches: Tensor, num_minibatches: int, micro_batch_tokens: int,
-    k: int, generator: torch.Generator,
-) -> list[list[tuple[Tensor, Tensor]]]:
-    """Cut the batch at random into minibatches, one optimizer update each, and these, the longest rows together, into
-    micro-batches, one forward and backward pass each, of at most `micro_batch_tokens` tokens where a row is not longer.
+def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -> list[tuple[Tensor, ...]]:
+    """Cut the batch into minibatches of whole prompts, one optimizer update each, and this process's rows of these into
+    micro-batches, one forward and backward pass each, rows of like length together: indices into the R rows.
 
-    prompt_mask is (B, P), completion_mask (N, T), teaches (B,): prompts without it are left out. A micro-batch is
-    (prompts, rows), indices into the B prompts and the N completions, k = len(rows) / len(prompts) of which share the
-    row of their prompt (see `completion_hidden`). Every process gets as many.
+    has_signal: (B,). Rows of other prompts add nothing to the gradient and are left out. Every process gets as many
+    rows and passes as the others.
     """
-    num_rows = len(completion_mask)
-    packs = num_rows // len(prompt_mask) // k                                               # packed rows per prompt
-    prompt_tokens, completion_tokens = prompt_mask.sum(1).cpu(), completion_mask.sum(1).cpu()
-    tokens = prompt_tokens.repeat_interleave(packs) + completion_tokens.reshape(-1, k).sum(1)  # (B packs,)
-    teaches = teaches.cpu().repeat_interleave(packs)                                        # (B packs,)
-    minibatches, (_, processes) = [], world()
-    for packed in torch.randperm(num_rows // k, generator=generator).chunk(num_minibatches):
-        # Every process must have something to do. A row that does not teach adds nothing to the gradient.
-        packed = packed[teaches[packed].logical_not().byte().argsort(stable=True)]
-        packed = packed[: max(int(teaches[packed].sum()), processes)] if teaches[packed].any() else packed[:0]
-        packed = packed[tokens[packed].argsort(descending=True, stable=True)]
-        blocks = []  # of rows of like length, of which every process gets a part
-        while len(packed):
-            size = processes * max(1, micro_batch_tokens // int(tokens[packed[0]]))
-            if size < len(packed) < size + processes:  # too few would be left for another block
-                size = len(packed) - processes if size > processes else len(packed)
-            blocks.append(packed[:size])
-            packed = packed[size:]
-        cuts = [block[rank::processes] for rank in range(processes) for block in blocks]
-        minibatches.append([(cut // packs, (cut[:, None] * k + torch.arange(k)).flatten()) for cut in cuts])
+    (rank, processes), minibatches = world(), []
+    lengths = (batch.prompt_mask.sum(1) + batch.completion_mask.sum((1, 2))).cpu()          # (R,)
+    has_signal = has_signal.cpu().repeat_interleave(len(lengths) // len(has_signal))        # (R,)
+    most_tokens = min(args.micro_batch_tokens, MAX_LOGITS[batch.prompt_ids.device.type] // vocab_size)
+    for rows in torch.arange(len(lengths)).chunk(args.num_minibatches):
+        kept = math.ceil(int(has_signal[rows].sum()) / processes) * processes
+        rows = rows[has_signal[rows].byte().argsort(descending=True, stable=True)][:kept]
+        rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+        rows_at_once = max(1, most_tokens // int(lengths[rows[0]])) if kept else 1
+        minibatches.append(rows[rank::processes].split(rows_at_once) if kept else ())
     return minibatches
 
 
-def score_batch(
-    score: Callable, model: nn.Module, minibatches: list, tokens: tuple[Tensor, ...], *options: object
-) -> Tensor:
-    """`completion_logprobs` or `completion_values` of the whole batch: (N, T), 0 where no micro-batch is. On the
-    micro-batches of the update, so that it finds the same numbers there."""
-    prompt_ids, prompt_mask, completion_ids, completion_mask = tokens
-    found = torch.zeros(completion_ids.shape, device=completion_ids.device)
-    for prompts, rows in share([*itertools.chain(*minibatches)]):
-        inputs = prompt_ids[prompts], prompt_mask[prompts], completion_ids[rows], completion_mask[rows]
-        scores = score(model, *inputs, *options)
-        found[rows] = scores[0] if isinstance(scores, tuple) else scores  # not the entropy
-    return add_up(found)  # of all processes
+def score_batch(score: Callable, model: nn.Module, batch: Batch, minibatches: list, *options: object) -> Tensor:
+    """`completion_logprobs` or `completion_values` of the whole batch, (R, C, T), 0 where no micro-batch is; on the
+    micro-batches of the update, so that they are the same numbers."""
+    result = torch.zeros(batch.completion_ids.shape, device=batch.prompt_ids.device)
+    for index in chain(*minibatches):
+        output = score(model, batch.rows(index), *options)
+        result[index] = output[0] if isinstance(output, tuple) else output  # not the entropy
+    return all_sum(result)
 
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
     """Clip the gradient by its global norm, step, and return the norm before clipping. No step if it is not finite."""
-    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
     if grad_norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()
     return grad_norm
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the tokens: 1 is foresight, 0 is no better than a constant."""
-    errors, returns = (returns - values)[mask], returns[mask]
-    return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
-
-
-class Curves:
-    """Means over the tokens and updates of a step, collected on the device."""
+class Metrics:
+    """Means over the tokens and the updates of a step, collected on the device."""
 
     def __init__(self):
-        self.sums, self.tokens, self.losses, self.ratios, self.grad_norms = {}, {}, [], [], []
+        self.sums, self.counts, self.losses, self.ratios, self.grad_norms = {}, {}, [], [], []
 
-    def add(self, loss: Tensor, mask: Tensor, **per_token: Tensor) -> None:
-        """The loss of one micro-batch, and what its tokens, (N, T), were."""
+    def add(self, mask: Tensor, loss: Tensor, **per_token: Tensor) -> None:
+        """The loss of one micro-batch, and values of its tokens, (..., T)."""
         self.losses.append(loss.detach())
-        if "ratio" in per_token:
-            self.ratios.append(per_token.pop("ratio").where(mask, 0.0).max())
+        self.ratios += [per_token.pop("ratio").where(mask, 0.0).max()] if "ratio" in per_token else []
         for name, value in per_token.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().where(mask, 0.0).sum()
-            self.tokens[name] = self.tokens.get(name, 0) + mask.sum()
-
-    def update(self, grad_norm: Tensor) -> None:
-        """The gradient norm of one update."""
-        self.grad_norms.append(grad_norm)
+            self.counts[name] = self.counts.get(name, 0) + mask.sum()
 
     def mean(self, name: str) -> float:
         """Over the tokens of all processes."""
-        total, tokens = add_up(torch.stack([self.sums[name], self.tokens[name]]).float())
-        return float(total / tokens.clamp(min=1))
+        total, count = all_sum(torch.stack([self.sums[name], self.counts[name]])).tolist()
+        return total / max(count, 1)
 
     def means(self, prefix: str) -> dict[str, float]:
-        """Every curve of the step, as TensorBoard names it."""
-        finite = [norm for norm in self.grad_norms if norm.isfinite()]
-        means = {name: self.mean(name) for name in self.sums}
-        means["loss"] = add_up(sum(self.losses)) / len(self.grad_norms) if self.losses else 0.0
+        """All of them, under the names that TensorBoard shows."""
+        means, finite = {name: self.mean(name) for name in self.sums}, [x for x in self.grad_norms if x.isfinite()]
+        means["loss"] = all_sum(sum(self.losses)) / len(self.grad_norms) if self.losses else 0.0
         means["grad_norm"] = sum(finite) / max(1, len(finite))
         means["skipped"] = len(self.grad_norms) - len(finite)
         if self.ratios:
-            means["ratio_max"] = gather(torch.stack(self.ratios)[:, None])[0].max()
+            means["ratio_max"] = all_gather(torch.stack(self.ratios)[None])[0].max()
         return {f"{prefix}/{name}": value for name, value in means.items()}
 
 
 # ----- Models -----
 
-TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE, TINY_HELD_OUT = 500, 128, 4e-3, 512
-NO_CODE = {"trust_remote_code": False}  # code beside a model is not run, nor is the user asked to
 
-
-def load_policy(model: str, device: torch.device) -> tuple[PreTrainedTokenizerFast, nn.Module, Tensor]:
-    """The tokenizer, the policy in float32 without dropout, and every id that ends a completion."""
-    tokenizer, _ = load_tokenizer(model)
+def load_policy(model: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """The policy in float32 without dropout, and every id that ends a completion."""
     try:
         options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE)
-        policy, found = AutoModelForCausalLM.from_pretrained(tiny_policy() if model == "tiny" else model, **options)
-        lacking = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]  # would be random
+        policy, info = AutoModelForCausalLM.from_pretrained(model, **options)
+        lacking = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]  # would be random
         if lacking:
             raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
-        policy = policy.to(device).eval()
-    except Exception as error:  # whatever damaged weights can raise
-        raise UserError(f"--model {model} cannot be loaded: {first_sentence(error)}") from None
-    ends = [policy.generation_config.eos_token_id, policy.config.get_text_config().eos_token_id, tokenizer.eos_token_id]
-    eos_ids = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
-    if not eos_ids:
-        raise UserError(f"--model {model} has no end token, so its completions could never end")
-    return tokenizer, policy, torch.tensor(sorted(eos_ids), device=device)
+        if any(parameter.dtype != torch.float32 for parameter in policy.parameters()):
+            raise ValueError("its weights are quantised; to train, they must be floating-point numbers")
+        configs = policy.generation_config, policy.config.get_text_config(), tokenizer
+        ends = [end if isinstance(end, list) else [end] for end in (config.eos_token_id for config in configs)]
+        eos_ids = torch.tensor(sorted({i for end in ends for i in end if i is not None}), device=device)
+        if not len(eos_ids):
+            raise ValueError("it has no EOS token, so its completions could never end")
+        return policy.to(device).eval(), eos_ids
+    except Exception as error:  # anything that damaged weights can raise
+        raise UserError(f"--model {model} cannot be loaded: {error}") from None
 
 
-def tiny_policy() -> Path:
-    """The folder of the tiny model: a Llama of 0.2 M parameters that reads characters, pretrained on the demonstrations
-    of the task, and kept under runs/ for as long as these do not change."""
-    rng, problems = random.Random(0), tiny_problems()[:-TINY_HELD_OUT]
-    texts = [(p.prompt, tiny_demonstration(p, rng)) for p in rng.choices(problems, k=TINY_STEPS * TINY_BATCH)]
-    recipe = repr((texts[:1000], TINY_STEPS, TINY_BATCH, TINY_LEARNING_RATE, inspect.getsource(tiny_policy)))
-    folder = Path("runs") / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
-    if folder.exists():
-        return folder
-
-    tqdm.write("pretraining the tiny model, once", file=sys.stderr)
-    characters = sorted({character for text in texts for character in "".join(text)})
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate([*characters, "<end>"])}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-    end = tokenizer.eos_token_id
-    # Larger initial weights and faster rotations than a large model's: it must find its way about short texts soon.
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        rope_parameters={"rope_type": "default", "rope_theta": 20.0}, initializer_range=0.1, max_position_embeddings=64,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=end,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=TINY_LEARNING_RATE, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY_LEARNING_RATE, TINY_STEPS, pct_start=0.15)
-    for step in tqdm(range(TINY_STEPS), desc="pretraining the tiny model", unit="step", disable=None):
-        batch = texts[step * TINY_BATCH : (step + 1) * TINY_BATCH]
-        batch = [(tokenizer(prompt).input_ids, [*tokenizer(completion).input_ids, end]) for prompt, completion in batch]
-        ids = [torch.tensor(prompt + completion) for prompt, completion in batch]
-        labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in batch]  # no prompt
-        labels = pad_sequence(labels, batch_first=True, padding_value=-100)                 # (batch, width)
-        model(pad_sequence(ids, batch_first=True, padding_value=end), labels=labels).loss.backward()
-        optimizer_step(model, optimizer, max_grad_norm=1.0)
-        schedule.step()
-    save_model(folder, model, tokenizer)
-    return folder
+def choose_dtype(policy: nn.Module, dtype: str) -> str:
+    """--dtype, with "auto" decided."""
+    device = policy.device.type
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = native or (device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+    auto = "bfloat16" if fast and policy.num_parameters() > 10_000_000 else "float32"
+    return auto if dtype == "auto" else dtype
 
 
-def sharing_is_exact(policy: nn.Module, sampler: nn.Module, problems: list, args: Args, run: "Run") -> bool:
-    """Sample and score a few completions, without and with a shared prompt: do the log-probabilities agree? Some model
-    families (sliding windows, linear attention) cannot share a prompt, and would be silently wrong."""
-    config = policy.config.get_text_config()
-    longest = max(len(ids) for ids, _ in problems) + args.max_new_tokens
-    window = getattr(config, "sliding_window", None) or longest
-    prompts = pad_prompts([ids for ids, _ in problems[:2]], run.device)
-    ends = torch.arange(0, config.vocab_size, 5, device=run.device)  # every fifth token ends a row: all at other times
-    limit = 1e-3 if run.dtype == torch.float32 else 0.1  # nats; rounding is far below
-    uniforms = torch.rand(len(prompts[0]), 3, min(16, args.max_new_tokens), generator=torch.Generator().manual_seed(0))
-
-    def gap(share_prompt: bool) -> float:
-        """Between the sampler's log-probabilities and the re-scored ones, in nats per token."""
-        rows = prompts if share_prompt else [x.repeat_interleave(3, 0) for x in prompts]
-        with torch.no_grad(), run.autocast():
-            ids, mask, sampled = generate_completions(sampler, *prompts, uniforms, args.temperature, ends, share_prompt)
-            scored, _ = completion_logprobs(policy, *rows, ids, mask, args.temperature)
-        return (scored - sampled)[mask].abs().mean().item()
-
-    alone = gap(share_prompt=False)
-    if not alone < limit:
-        raise UserError(f"this model's log-probabilities cannot be computed again: they are off by {alone:.2g} nats")
-    try:
-        shared = gap(share_prompt=True)
-        reason = "" if shared < limit else f"its log-probabilities would be off by {shared:.2g} nats"
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, RuntimeError, ValueError) as error:
-        reason = first_sentence(error)
-    if window < longest:
-        reason = f"it attends to the last {window} tokens of up to {longest}"
-    if reason:
-        run.say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
-    return not reason
-
-
-def make_sampler(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
+def make_sampler(policy: nn.Module, dtype: str) -> nn.Module:
     """The model that samples: the policy itself, or a whole copy in the dtype of the computation."""
-    if dtype == torch.float32 and not dist.is_initialized():
+    if dtype == "float32" and not dist.is_initialized():
         return policy
     sampler = copy.deepcopy(policy).requires_grad_(False)
     for parameter in sampler.parameters():  # and no buffer: rounded rotary frequencies drift with the position
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(getattr(torch, dtype))
     return sampler
 
 
 @torch.no_grad()
 def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
-    """Bring the sampler up to date with the policy after its update."""
-    if sampler is not policy:
-        for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
-            copied.copy_(whole(current))
-
-
-def save_model(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, state: dict | None = None) -> None:
-    """Save a model in Hugging Face format, with `state` beside it as state.pt. Written aside, flushed and renamed: a
-    kill at any moment leaves the whole folder or none. Several processes must all call it; the first one writes."""
-    weights = full_state(model)
-    if world()[0]:
-        return
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(aside, state_dict=weights)
-        tokenizer.save_pretrained(aside)
-        if state:
-            torch.save(state, aside / "state.pt")
-            files = [path for path in aside.rglob("*") if path.is_file()]
-            (aside / "sha256.json").write_text(json.dumps({str(f.relative_to(aside)): digest(f) for f in files}))
-        for path in [*aside.rglob("*"), aside]:
-            file = os.open(path, os.O_RDONLY)
-            os.fsync(file)
-            os.close(file)
-        if folder.exists():
-            folder.rename(aside / "before")
-        aside.rename(folder)
-        shutil.rmtree(folder / "before", ignore_errors=True)
-    except Exception as error:  # a full disk shows as OSError, RuntimeError or an error of safetensors
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{folder} could not be saved: {first_sentence(error)}") from None
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer of the cache with room for the tokens to come. DynamicLayer copies all it has for every new one."""
-
-    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Append (rows, heads, new tokens, head size); all keys and values so far."""
-        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
-        for room, new in zip(self.room, (keys, values), strict=True):
-            room[:, :, start:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        self.room = [room[indices] for room in self.room]
-        self.keys, self.values = (room[:, :, : self.keys.shape[2]] for room in self.room)
-
-
-def reserve(cache: Cache, tokens: int) -> None:
-    """Make room for so many tokens more, once the prompt is there, in the layers that keep all of them."""
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            layer.__class__ = RoomyLayer
-            layer.room = [nn.functional.pad(x, (0, 0, 0, tokens)) for x in (layer.keys, layer.values)]
-            layer.keys, layer.values = (room[:, :, : layer.keys.shape[2]] for room in layer.room)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file of any size."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**24):
-            sha256.update(piece)
-    return sha256.hexdigest()
+    """Copy the policy's weights to the sampler."""
+    for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
+        if copied is not current:
+            copied.copy_(full_tensor(current))
 
 
 # ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the rows -----
 
-FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+def start(args: Args) -> torch.device:
+    """Choose the device, and join the other processes where torchrun has started several."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = accelerator if args.device == "auto" else torch.device(args.device)
+    if device.type not in ("cpu", accelerator.type):
+        raise UserError(f"--device {args.device}: there is none on this machine")
+    if "MASTER_ADDR" in os.environ and not dist.is_initialized():  # set by torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    parts = world()[1] * args.num_minibatches
+    if args.num_prompts % parts:
+        raise UserError(f"--num-prompts {args.num_prompts} must be a multiple of {parts}, "
+                        "the number of processes times --num-minibatches")
+    # cuDNN's attention with a mask has had NaN gradients and wrong decoding (pytorch issues 196678 and 193893).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    return device
 
 
 def world() -> tuple[int, int]:
@@ -1245,101 +1033,110 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(*columns):
-    """This process's part of every column, a tensor or a list."""
+def share(rows):
+    """This process's part of a tensor or a list."""
     rank, processes = world()
-    parts = [x[len(x) * rank // processes : len(x) * (rank + 1) // processes] for x in columns]
-    return parts if len(parts) > 1 else parts[0]
+    return rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
 
 
-def gather(*columns: Tensor) -> tuple[Tensor, ...]:
-    """The rows of all processes together, padded to one width."""
+def all_gather(*columns: Tensor) -> tuple[Tensor, ...]:
+    """The rows of all processes together, padded to one width in the last dimension."""
     if not dist.is_initialized():
         return columns
     parts = [None] * world()[1]
     dist.all_gather_object(parts, [x.cpu() for x in columns])
-    together = [[row for part in column for row in part] for column in zip(*parts, strict=True)]
-    return tuple(pad_sequence(rows, batch_first=True).to(columns[0].device) for rows in together)
+    width = max(x.shape[-1] for part in parts for x in part)
+    padded = ([nn.functional.pad(x, (0, width - x.shape[-1])) for x in column] for column in zip(*parts, strict=True))
+    return tuple(torch.cat(column).to(columns[0].device) for column in padded)
 
 
-def add_up(*tensors: Tensor) -> Tensor:
-    """Replace each tensor by its sum over the processes, and return the last one."""
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
-    return tensors[-1]
+def all_sum(x: Tensor) -> Tensor:
+    """The sum of a tensor over the processes, in its place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
-def whole(x: Tensor) -> Tensor:
-    """Of a tensor that is divided among the processes, the whole."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def full_tensor(x: Tensor) -> Tensor:
+    """Of a tensor that is sharded over the processes, the whole."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def prepare(model: nn.Module | None, gradient_checkpointing: bool = False) -> None:
-    """Wrap the layers of a model for gradient checkpointing, and divide its weights among the processes (FSDP2)."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if model else []
-    for layer in layers if gradient_checkpointing else []:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    if not model or not dist.is_initialized():
+def shard(model: nn.Module | None, gradient_checkpointing: bool = False) -> None:
+    """Wrap the layers of a model for gradient checkpointing, and shard its weights over the processes (FSDP2)."""
+    if not model or not (gradient_checkpointing or dist.is_initialized()):
         return
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world()[1],))
-    for module in [*layers, model]:
-        fully_shard(module, mesh=mesh)
+    from torch.distributed.fsdp import fully_shard
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers if gradient_checkpointing else []:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for module in [*layers, model] if dist.is_initialized() else []:
+        fully_shard(module)
         module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
         module.set_force_sum_reduction_for_comms(True)
 
 
-def full_state(part: object) -> dict:
-    """The state of a model, of (model, its optimizer) or of a controller, for any number of processes."""
-    if isinstance(part, nn.Module):
-        return dcp.get_model_state_dict(part, options=FULL)
-    if isinstance(part, tuple):  # of an optimizer that has not stepped yet, dcp would count a step that never was
-        return dcp.get_optimizer_state_dict(*part, options=FULL) if part[1].state else {}
-    return part.state_dict()
+# ----- The run: checkpoints, curves, what is printed, signals -----
 
 
-def load_full_state(part: object, state: dict) -> None:
-    """Undo `full_state`, whatever the number of processes that saved."""
-    if isinstance(part, nn.Module):
-        dcp.set_model_state_dict(part, state, options=FULL)
-    elif not isinstance(part, tuple):
-        part.load_state_dict(state)
-    elif state:
-        dcp.set_optimizer_state_dict(*part, state, options=FULL)
+def save_checkpoint(path: Path, models: dict[str, tuple], **more: object) -> dict[str, Tensor]:
+    """Write models and their optimizers to one file: beside it, flushed, then renamed, so that a kill at any moment
+    leaves a whole file. All processes must call it; the first one writes. Returns the weights of the policy."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    for name, (model, optimizer) in models.items():
+        # An optimizer without a step has no state; get_state_dict would make it count a step that never was.
+        more[name] = get_state_dict(model, optimizer if optimizer and optimizer.state else (), options=options)
+    if world()[0] == 0:
+        aside = path.with_suffix(".aside")
+        try:
+            with aside.open("wb") as file:
+                torch.save(more, file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)  # after an error, half of a file would only fill the disk
+    return more["policy"][0]
 
 
-# ----- The run: its folder, checkpoints, curves, progress bar, signals -----
+def load_checkpoint(path: Path, models: dict[str, tuple], fixed: dict[str, object]) -> dict:
+    """Undo `save_checkpoint`, for any number of processes, if what is `fixed` for a run is the same in the file."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-
-def main(args: Args) -> int:
-    """Train, and turn what a user can mend into one sentence. Returns the exit code."""
-    code, sentence = 0, ""
     try:
-        train(args)
-    except UserError as error:
-        code, sentence = 2, str(error)
-    except RuntimeError as error:
-        if not re.search("out of memory|allocate memory", str(error)):  # as a GPU says it, and as a CPU does
-            raise
-        flags = "a lower --micro-batch-tokens, --num-prompts or --group-size helps, as does --gradient-checkpointing"
-        code, sentence = 2, f"out of memory: {flags}"
-    except KeyboardInterrupt:  # before the first step: there is nothing to save yet
-        code = 130
-    if sentence:
-        print(f"{Path(__file__).name}: {sentence}", file=sys.stderr)
-    if dist.is_initialized():
-        if not code or dist.get_backend() != "nccl":  # else that would wait for the others, who wait for us
-            dist.destroy_process_group()
-        os._exit(code)  # at the interpreter's own end, a thread that gloo has left sometimes aborts it
-    return code
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load does not compare the checksums
+                raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        before = saved["fixed"]
+    except Exception as error:  # anything that a damaged file can raise
+        raise UserError(f"{path} cannot be loaded: {error}") from None
+    changed = [f"{name} was {before.get(name)}, is {now}" for name, now in fixed.items() if before.get(name) != now]
+    if changed:
+        raise UserError(f"{path} is of a run with other arguments: {', '.join(changed)}")
+    # Not strict: parameters that never had a gradient have no state.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+    for name, (model, optimizer) in models.items():
+        weights, state = saved[name]
+        try:
+            set_state_dict(model, optimizer if state else (), model_state_dict=weights, optim_state_dict=state,
+                           options=options)
+        except RuntimeError as error:  # other shapes
+            raise UserError(f"{path} does not fit --model: {error}") from None
+    say(f"resuming from {path}")
+    return saved
 
 
-def keep_memory() -> None:
-    """The memory of one step is that of the next. glibc's malloc would give it back to the system in between, which
-    hands it out again page by page: measured, nearly half of the time of a bfloat16 update."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger blocks still go back at once, else they leave holes
+def say(text: str) -> None:
+    """Print a line above the progress bar, once for all processes. No output ends a run."""
+    if world()[0] == 0:
+        with contextlib.suppress(OSError):
+            tqdm.write(text, file=sys.stderr)
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
@@ -1350,250 +1147,134 @@ def seed_step(seed: int, step: int) -> torch.Generator:
 
 
 class Run:
-    """What a run shows and keeps, in runs/RUN_NAME/: curves, checkpoints in step_*/, the trained model in policy/."""
+    """What a run keeps in runs/RUN_NAME/ (curves, completions.jsonl, checkpoint.pt, policy/) and what it prints."""
 
-    # Arguments that may change when a run goes on from a checkpoint.
     FREE = ("num_steps", "micro_batch_tokens", "gradient_checkpointing", "device", "run_name", "resume", "save_every",
-            "eval_every")
-    MOST_SKIPPED = 5  # steps in a row whose gradient is not finite
+            "eval_every")  # these arguments may change when a run is resumed
 
-    def __init__(self, args: Args, script: str):
-        self.args, self.script = args, script
-        self.step, self.before, self.laps, self.skipped, self.asked, self.stopping = 0, {}, {}, 0, False, False
-        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        name = next(name for name in here if here[name]) if args.device == "auto" else args.device
-        if not here[name]:
-            raise UserError(f"--device {name}: there is none on this machine")
-        self.device = torch.device(name)
-        if "RANK" in os.environ and not dist.is_initialized():  # set by torchrun
-            if name == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            own = dict(backend="nccl", device_id=self.device) if name == "cuda" else dict(backend="gloo")
-            dist.init_process_group(timeout=timedelta(hours=2), **own)  # one may be writing a large checkpoint
-        if args.num_prompts // args.num_minibatches < world()[1]:
-            raise UserError(f"{world()[1]} processes need as many --num-prompts for each of --num-minibatches")
-        native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        fast = native or (name == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
-        bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and fast and args.model != "tiny")
-        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
-        default = f"{script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path("runs") / (args.run_name or default)
-        if self.folder.exists() and not args.resume and world()[0] == 0:
-            raise UserError(f"{self.folder} holds a run: go on with it (--resume auto) or choose another --run-name")
-        if args.resume == "auto" and not args.run_name:
-            raise UserError("--resume auto needs the --run-name of the run that is to go on")
-        if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
-            raise UserError(f"--resume {args.resume}: there is no such folder of a checkpoint")
-        keep_memory()
-        # cuDNN's attention with a mask has had NaN gradients and wrong decoding (pytorch issues 196678 and 193893).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+    def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase, problems: tuple, models: dict, betas: dict):
+        from torch.utils.tensorboard import SummaryWriter
 
-    def autocast(self) -> torch.autocast:
-        """bfloat16 computation over float32 master weights, where `dtype` says so."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar, once for all processes."""
-        if world()[0] == 0:
-            tqdm.write(text, file=sys.stderr)
-
-    def checkpoints(self) -> list[Path]:
-        """Of this run, the newest first."""
-        return sorted(self.folder.glob("step_*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
-
-    def load_checkpoint(self, tokenizer: PreTrainedTokenizerFast, state: dict[str, object]) -> None:
-        """Remember what a checkpoint holds, by name, and load the one that --resume names, if any."""
-        self.tokenizer, self.state = tokenizer, {name: part for name, part in state.items() if part is not None}
-        if not self.args.resume:
-            return
-        folders = self.checkpoints() if self.args.resume == "auto" else [Path(self.args.resume)]
-        if not folders:
-            self.say(f"{self.folder} holds no checkpoint yet: starting from the beginning")
-            return
-        for folder in folders:
-            try:
-                for name, expected in json.loads((folder / "sha256.json").read_text()).items():
-                    if digest(folder / name) != expected:
-                        raise ValueError(f"{name} is damaged")
-                saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-                changed = self.changed_arguments(saved["args"])
-                weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **NO_CODE).state_dict()
-            except Exception as error:  # whatever a damaged file can raise: it is named, and the one before is tried
-                self.say(f"{folder} cannot be loaded: {first_sentence(error)}")
-                continue
-            if changed:
-                raise UserError(f"{folder} is of a run with other arguments: {', '.join(changed)}")
-            for name, part in self.state.items():
-                load_full_state(part, weights if name == "policy" else saved[name])
-            self.step, self.before = saved["step"], saved["before"]
-            self.say(f"going on from {folder}")
-            return
-        others = {*folders[0].parent.glob("step_*")} - {*folders}
-        instead = f"; there is also {', '.join(map(str, sorted(others)))}" if others else ""
-        raise UserError(f"--resume {self.args.resume}: no checkpoint that can be loaded{instead}")
-
-    def changed_arguments(self, before: dict) -> list[str]:
-        """Those that differ from a checkpoint's and may not."""
-        now = {"script": self.script, **vars(self.args)}
-        changed = [name for name in now if name not in self.FREE and now[name] != before.get(name)]
-        return [f"--{name.replace('_', '-')} was {before.get(name)}, is {now[name]}" for name in changed]
-
-    def save_checkpoint(self) -> None:
-        """Keep the policy and all that is needed to go on; of the checkpoints of a run, the last two stay."""
-        parts = {name: full_state(part) for name, part in self.state.items() if name != "policy"}
-        parts |= {"step": self.step, "before": self.before, "args": {"script": self.script, **vars(self.args)}}
-        save_model(self.folder / f"step_{self.step:06d}", self.state["policy"], self.tokenizer, parts)
-        for old in self.checkpoints()[2:] if world()[0] == 0 else []:
-            shutil.rmtree(old)
-
-    def begin(self, problems: list, held_out: list, evaluation: Callable[[], dict]) -> None:
-        """Say what will be done, open the curves, and evaluate the policy as it is."""
-        self.evaluation, self.started = evaluation, time.monotonic()
-        size = sum(parameter.numel() for parameter in self.state["policy"].parameters())
-        trained = sum(isinstance(part, tuple) for part in self.state.values())  # models with an optimizer
-        self.writer = None
+        self.args, self.tokenizer, self.betas, self.script = args, tokenizer, betas, Path(__file__).stem
+        self.models = {name: pair for name, pair in models.items() if pair[0]}  # name: (model, its optimizer or None)
+        self.device, self.step, self.times = next(models["policy"][0].parameters()).device, 0, {}
+        self.writer, self.gap_is_checked = None, False
+        name = f"{self.script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.folder = Path("runs", args.run_name or name)
+        flags = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in self.FREE}
+        problems = hashlib.sha256(json.dumps(problems, default=str).encode()).hexdigest()
+        self.fixed = {"script": self.script, **flags, "hash of the problems": problems}
+        path = self.folder / "checkpoint.pt" if args.resume == "auto" else Path(args.resume or "")
+        if args.resume is not None and (os.path.exists(path) or args.resume != "auto"):
+            saved = load_checkpoint(path, self.models, self.fixed)
+            self.step = saved["step"]
+            betas.update(saved["betas"])
         try:
             if world()[0] == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for left in [*self.folder.glob(".step_*"), *self.folder.glob(".policy.*")]:
-                    shutil.rmtree(left)  # by a save that was killed
-                needed, free = 3 * 12e-9 * size * trained, 1e-9 * shutil.disk_usage(self.folder).free
-                if free < needed:
-                    raise OSError(f"three checkpoints need {needed:.1f} GB and {free:.1f} GB are free")
-                self.writer = SummaryWriter(str(self.folder), purge_step=self.step and self.step + 1)
+                self.folder.mkdir(parents=True, exist_ok=args.resume == "auto")
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
+                self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(args).items()))
+        except FileExistsError:
+            raise UserError(f"{self.folder} exists: resume it (--resume auto) or choose another --run-name") from None
         except OSError as error:
             raise UserError(f"the run cannot be kept in {self.folder}: {error}") from None
-        processes = f" in {world()[1]} processes" if dist.is_initialized() else ""
-        self.say(
-            f"{self.script}: {size / 1e6:.1f} M parameters in {str(self.dtype)[6:]} on {self.device.type}{processes}, "
-            f"{len(problems)} problems to train on, {len(held_out)} held out, in {self.folder}"
-        )
-        if self.args.eval_every and self.step == 0:
-            self.before = self.show_evaluation()
+        size = sum(parameter.numel() for parameter in models["policy"][0].parameters()) / 1e6
+        say(f"{self.script}: {size:.1f} M parameters in {args.dtype} on {self.device.type}, step {self.step} of "
+            f"{args.num_steps}, in {self.folder}")
 
-    def score(self, completions: list[str], answers: list[str]) -> Tensor:
-        """The rewards of this process's share of the completions, and then those of all: (N,)."""
-        found = []
-        for completion, answer in zip(*share(completions, answers), strict=True):
-            try:
-                found.append(float(reward(completion, answer)))
-                wrong = None if math.isfinite(found[-1]) else f"returned {found[-1]}"
-            except Exception as error:  # the task's own code
-                wrong = f"raised {error!r}"
-            if wrong:
-                found.append(math.nan)
-                print(f"the reward {wrong} for the completion {completion!r} to {answer!r}", file=sys.stderr)
-                break
-        (scores,) = gather(torch.tensor(found, device=self.device)[:, None])
-        if not scores.isfinite().all():
-            self.fail("the reward of a completion is no finite number")
-        return scores[:, 0]
+    def steps(self) -> Iterator[int]:
+        """The steps still to do, and last --num-steps, at which nothing is trained any more."""
+        show = dict(desc=self.script, unit="step", disable=True if world()[0] else None)
+        with tqdm(initial=self.step, total=self.args.num_steps, **show) as self.bar:
+            while self.step <= self.args.num_steps:
+                yield self.step
+                self.step += 1
+                self.bar.update()
 
-    def fail(self, reason: str) -> None:
-        """Keep what was learned, and stop with a sentence."""
-        if self.step:
-            self.save_checkpoint()
-            add_up(torch.zeros((), device=self.device)).item()  # the others wait for the one that writes
-            reason += f"; {self.step} steps are kept: go on with --run-name {self.folder.name} --resume auto"
-        raise UserError(reason)
+    def clock(self, name: str = "") -> None:
+        """The seconds since the last call are those of `name`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.times, self.started = self.times | ({name: now - self.started} if name else {}), now
 
-    def curve(self, metrics: dict[str, float]) -> None:
-        """One point on every curve. A full disk ends the curves, not the run."""
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        """A point on every curve, at the number of steps that the policy had been trained for."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if self.times:  # else it is an evaluation
+            tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
+            metrics |= self.times | {"time/tokens_per_second": tokens / sum(self.times.values())}
+            with contextlib.suppress(OSError):
+                self.bar.set_postfix_str("reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f},"
+                                         " {time/tokens_per_second:.0f} tokens/s".format_map(metrics))
+        if metrics.get("policy/skipped") or metrics.get("value/skipped"):
+            say(f"step {self.step}: the gradient was not finite, so its update was skipped")
+        if not self.gap_is_checked and "policy/sampler_gap" in metrics:
+            gap, self.gap_is_checked = metrics["policy/sampler_gap"], True
+            if not gap < (0.01 if self.args.dtype == "float32" else 0.2):  # nats per token; rounding stays below
+                raise UserError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats per token: "
+                                "this model cannot be trained here")
         try:
             for name, value in metrics.items() if self.writer else ():
                 self.writer.add_scalar(name, value, self.step)
             if self.writer:
-                self.writer.flush()  # before the checkpoint: who is killed after it misses no point
-        except OSError as error:
+                self.writer.flush()  # before the checkpoint, so that a kill after it loses no point
+        except OSError as error:  # a full disk ends the curves, not the run
             self.writer = None
-            self.say(f"the curves end here, the run goes on: {error}")
+            say(f"the curves end here, the run goes on: {error}")
+        self.times = {}
 
-    def show_evaluation(self) -> dict[str, float]:
-        """Evaluate, and show the result as a line and on the curves."""
-        found = self.evaluation()
-        self.curve(found)
-        accuracy = "held-out accuracy {:.3f} greedy, {:.3f} sampled, {:.1f} tokens".format(*found.values())
-        self.say(f"step {self.step}: {accuracy}")
-        return found
-
-    def steps(self) -> Iterator[int]:
-        """The steps still to do. SIGINT and SIGTERM end them after the one under way; a second one ends at once."""
-
-        def stop(number: int, _: object) -> None:
-            self.asked = True
-            for each in self.handlers:
-                signal.signal(each, signal.SIG_DFL)
-            if world()[0] == 0:  # not by print, which may be at work already
-                os.write(2, b"\nfinishing this step, then saving; once more to leave at once\n")
-
-        self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        show = dict(desc=self.script, unit="step", disable=True if world()[0] else None)
-        with tqdm(initial=self.step, total=self.args.num_steps, **show) as self.bar:
-            while self.step < self.args.num_steps and not self.stopping:
-                self.clock, self.laps = time.perf_counter(), {}
-                yield self.step  # `log` counts it
-                self.bar.update()
-
-    def lap(self, name: str) -> None:
-        """The seconds since the last lap are those of `name`."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[name], self.clock = now - self.clock, now
-
-    def log(self, metrics: dict[str, Tensor | float]) -> None:
-        """One point on every curve, and the progress bar. Point n is that of the n-th step."""
-        self.step += 1
-        metrics = {name: float(value) for name, value in metrics.items()} | self.laps
-        tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
-        metrics["time/tokens_per_second"] = tokens / sum(self.laps.values())
-        self.curve(metrics)
-        self.bar.set_postfix_str(
-            "reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
-            "{time/tokens_per_second:.0f} tokens/s".format_map(metrics)
-        )
-        self.skipped = self.skipped + 1 if metrics["policy/skipped"] or metrics.get("value/skipped") else 0
-        if self.skipped == 1:
-            self.say(f"step {self.step}: the gradient was not finite, so its update was skipped")
-        if self.skipped == self.MOST_SKIPPED:
-            self.fail(f"the gradient was not finite in {self.skipped} steps in a row: a lower --learning-rate may help")
-
-    def after_step(self, seen: list[tuple[str, float]]) -> None:
-        """Evaluate, show completions that were just `seen` as (text, reward), and save, whenever that is due."""
-        self.stopping = bool(add_up(torch.tensor(float(self.asked), device=self.device)))  # all or none
-        last = self.stopping or self.step == self.args.num_steps
-        if self.args.eval_every and (self.step % self.args.eval_every == 0) and not last:
-            self.show_evaluation()
-            for text, score in seen:
-                self.say(f"    reward {score:.2f}: {' '.join(text.split())[-150:]}")
-        if self.args.save_every and (self.step % self.args.save_every == 0) and not last:
-            try:
-                self.save_checkpoint()
-            except UserError as error:  # there is still the one before
-                self.say(f"{error}; the run goes on")
+    def save(self) -> None:
+        """Write checkpoint.pt, to resume from, and policy/, in Hugging Face format, which no resume reads."""
+        more = dict(step=self.step, fixed=self.fixed, betas=self.betas)
+        try:
+            weights = save_checkpoint(self.folder / "checkpoint.pt", self.models, **more)
+            if world()[0] == 0:
+                self.models["policy"][0].save_pretrained(self.folder / "policy", state_dict=weights)
+                self.tokenizer.save_pretrained(self.folder / "policy")
+        except (OSError, RuntimeError) as error:  # a full disk can be either
+            if self.step == self.args.num_steps:
+                raise UserError(f"{self.folder} could not be saved: {error}") from None
+            say(f"{self.folder} could not be saved, the run goes on: {error}")
+        all_sum(torch.zeros((), device=self.device))  # the others wait for the one that writes
 
     def finish(self) -> Path:
-        """Evaluate a last time, save, and say in a line what was learned, where it is, and how to see it."""
-        if self.args.eval_every and self.laps and not self.stopping:  # once, in whatever part of the run
-            after = self.show_evaluation()
-            if self.before:
-                changes = [f"{self.before[name]:.3g} -> {after[name]:.3g}" for name in after]
-                self.say("held-out accuracy {} greedy, {} sampled; length {} tokens".format(*changes))
-        if self.laps:
-            self.save_checkpoint()
-        save_model(self.folder / "policy", self.state["policy"], self.tokenizer)
+        """Say where everything is. Returns the folder of the trained model."""
         if self.writer:
             self.writer.close()
-        self.say(f"{self.step} steps, {time.monotonic() - self.started:.0f} s; trained model: {self.folder / 'policy'}")
-        if self.stopping:
-            self.say(f"to go on: the same command with --run-name {self.folder.name} --resume auto")
-        self.say("curves: tensorboard --logdir runs")
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        say(f"trained model after {self.step} steps: {self.folder / 'policy'}; curves: tensorboard --logdir runs")
+        if self.step < self.args.num_steps:
+            say(f"to resume: the same command with --run-name {self.folder.name} --resume auto")
         return self.folder / "policy"
+
+
+def main(args: Args) -> int:
+    """Train, and turn a mistake of the user's into one sentence. SIGINT and SIGTERM end the run after the step under
+    way, a second one at once. Returns the exit code."""
+    stop, handlers, code = threading.Event(), {}, 0
+
+    def ask(number: int, _: object) -> None:
+        stop.set()
+        for each in handlers:
+            signal.signal(each, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # not by print, which may be at work
+            os.write(2, b"\nfinishing this step, then saving; once more to leave at once\n")
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            handlers |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        train(args, stop)
+    except UserError as error:
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if dist.is_initialized():
+        if not code or dist.get_backend() != "nccl":  # else that would wait for the others, who wait for us
+            dist.destroy_process_group()
+        os._exit(code)  # at the interpreter's own end, a thread that gloo has left sometimes aborts it
+    return code
 
 
 if __name__ == "__main__":

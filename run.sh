@@ -5,7 +5,7 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-usage: ./run.sh [FLAGS]            train the embedded tiny model with grpo.py
+usage: ./run.sh [FLAGS]            train the tiny model of tests/tiny with grpo.py
        ./run.sh grpo|ppo [FLAGS]   run a script with its flags (./run.sh grpo --help lists them)
        ./run.sh test [FLAGS]       run the tests with pytest's flags
        ./run.sh --help             show this
@@ -40,6 +40,10 @@ if ! cmp -s "$here/requirements.txt" "$here/.venv/requirements.txt"; then
     "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
     cp "$here/requirements.txt" "$here/.venv/requirements.txt"
 fi
+
+# Of glibc's malloc, about a GB of tensors that come and go in every step: keep freed memory for the next step instead of
+# giving it back to the system, which hands it out again page by page; blocks above 32 MB still go back at once.
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}
 
 case $task in
     test) cd "$here" && exec .venv/bin/python -m pytest "$@" ;;

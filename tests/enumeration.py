@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from families import make_model
-from grpo import completion_logprobs
+from grpo import Batch, completion_logprobs
 from strategies import float64, tensors
 
 END = 1
@@ -88,9 +88,10 @@ def transformer_policy(vocab: int, width: int, seed: int) -> Policy:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.4, generator=generator)
     completions, prompt = all_completions(vocab, width), torch.tensor([[2, 0, END, 2]])
-    inputs = prompt, torch.ones_like(prompt, dtype=torch.bool), completions.ids, completions.mask
-    logprobs, _ = completion_logprobs(model, *inputs, temperature=0.7)
-    return Policy(list(model.parameters()), completions, logprobs, completions.mask)
+    ids, mask = completions.ids[None], completions.mask[None]                               # (1, M, T), twice
+    batch = Batch(prompt, torch.ones_like(prompt, dtype=torch.bool), ids, mask, torch.zeros(ids.shape))
+    logprobs, _ = completion_logprobs(model, batch, temperature=0.7)
+    return Policy(list(model.parameters()), completions, logprobs[0], completions.mask)
 
 
 @st.composite

@@ -24,14 +24,18 @@ SHARING = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gpt_neox": {},
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+    "gemma3_text": dict(sliding_window=64),
+    "hyperclovax": dict(logits_scaling=3.0),
+    "gpt_neo": dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=64),
 }
-# Families that cannot: a window that is too short, and linear attention.
+# Families that cannot: a window that is too short, linear attention, a state space beside the attention.
 NOT_SHARING = {
     "mistral": dict(sliding_window=4),
     "qwen3_5_text": dict(
         num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
         linear_value_head_dim=8,
     ),
+    "falcon_h1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1),
 }
 
 
@@ -55,3 +59,10 @@ def make_batch(seed: int = 0, num_prompts: int = 3, group_size: int = 4, width: 
     prompt_ids = torch.randint(2, VOCAB, (num_prompts, 5), generator=generator)
     completion_ids = torch.randint(2, VOCAB, (num_rows, width), generator=generator)
     return prompt_ids, prompt_mask, completion_ids, completion_mask
+
+
+def packed(script, seed: int = 0, num_prompts: int = 3, group_size: int = 4, width: int = 7):
+    """The same as a `Batch` of the script: every prompt in a row with its completions."""
+    prompt_ids, prompt_mask, *completions = make_batch(seed, num_prompts, group_size, width)
+    ids, mask = (x.view(num_prompts, group_size, -1) for x in completions)
+    return script.Batch(prompt_ids, prompt_mask, ids, mask, torch.zeros(mask.shape))

@@ -336,8 +336,22 @@ def test_padding_garbage_changes_nothing_in_gae(episode, gamma, gae_lambda, garb
         assert found[~mask].eq(0).all()
 
 
+@given(episodes(), fractions, fractions, st.booleans(), st.data())
+def test_groups_give_what_their_completions_give_in_one_list(episode, gamma, gae_lambda, shift_mean, data):
+    """(B, G, T), (B G, T) and for GAE every completion alone, (T,): the same advantages, returns and whitened numbers,
+    where the latter take all tokens together."""
+    num_rows, width = episode[2].shape
+    groups = data.draw(st.sampled_from([n for n in range(1, num_rows + 1) if num_rows % n == 0]))
+    nested = [x.view(groups, -1, width) for x in episode]
+    found, flat = gae(*nested, gamma, gae_lambda), gae(*episode, gamma, gae_lambda)
+    alone = zip(*(gae(*row, gamma, gae_lambda) for row in zip(*episode, strict=True)), strict=True)
+    for in_groups, in_a_list, one_by_one in zip(found, flat, alone, strict=True):
+        assert torch.equal(in_groups, in_a_list.view(groups, -1, width))
+        assert torch.equal(in_a_list, torch.stack(one_by_one))
+    assert_close(whiten(*nested[1:], shift_mean).flatten(0, 1), whiten(*episode[1:], shift_mean), scale=10)
+
+
 @pytest.mark.parametrize(("shapes", "gamma", "gae_lambda", "sentence"), [
-    (((6,), (6,), (6,)), 1.0, 1.0, "^token_rewards, values and mask"),
     (((2, 3), (2, 1), (2, 3)), 1.0, 1.0, "^token_rewards, values and mask"),
     (((2, 3), (2, 3), (1, 3)), 1.0, 1.0, "^token_rewards, values and mask"),
     (((2, 3), (2, 3), (2, 3)), 1.5, 1.0, "^gamma must lie in"),

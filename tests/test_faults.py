@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What can go wrong in a run, done to it: it is killed, its disk is full, its files are damaged, its reward
-fails, its gradient is not finite, its memory ends. Nothing that was learned and kept may be lost, and a sentence says
-what happened.
+"""What can go wrong in a run, done to it: it is killed, its disk is full, its checkpoint is damaged, its reward
+fails, its gradient is not finite. Nothing that was learned and kept may be lost, and a sentence says what happened.
 """
 
 import contextlib
@@ -12,6 +11,7 @@ import resource
 import shutil
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,9 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import grpo
 import ppo
-from running import CI, SMALL, command, curves, finish, make_folder, same_bits, slow, start, steps, weights
+from running import CI, SMALL, assert_same_run, command, curves, finish, make_folder, saved, slow, start, weights
+
+CHECKPOINT, ASIDE = Path("runs/a/checkpoint.pt"), Path("runs/a/checkpoint.aside")
 
 
 @pytest.fixture(params=[grpo, ppo], ids=["grpo", "ppo"])
@@ -40,132 +42,178 @@ def variety(completion: str, answer: str) -> float:
     return len(set(completion)) / 10
 
 
+def arguments(script, **args: object) -> grpo.Args | ppo.Args:
+    return script.Args(**SMALL | dict(run_name="a") | (dict(value_warmup_steps=0) if script is ppo else {}) | args)
+
+
 def run(script, capsys, code: int = 0, **args: object) -> str:
     """What `main` says on its way to this exit code."""
-    if script is ppo:
-        args = dict(value_warmup_steps=0) | args
     capsys.readouterr()
-    assert script.main(script.Args(**SMALL | args)) == code
-    return capsys.readouterr().err
+    assert script.main(arguments(script, **args)) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
 
 
 # ----- SIGKILL at any moment -----
 
+# A supervisor, which starts the run again whenever it was killed. It has imported all already: a new run takes no time.
+SUPERVISOR = """
+import torch.distributed.checkpoint.state_dict, torch.utils.tensorboard, transformers.models.llama.modeling_llama
 
-@pytest.mark.parametrize(("name", "kills"), [("grpo", 20 if CI else 3), pytest.param("ppo", 8, marks=slow)])
-def test_a_run_killed_again_and_again_ends_as_one_never_killed(name, kills, folder):
+while child := os.fork():
+    with open("pid_", "w") as file:
+        file.write(str(child))
+    os.replace("pid_", "pid")
+    _, status = os.waitpid(child, 0)
+    if status != signal.SIGKILL:
+        os._exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+
+
+def saves() -> int:
+    """Changes with every save."""
+    return CHECKPOINT.stat().st_mtime_ns if CHECKPOINT.exists() else 0
+
+
+@pytest.mark.parametrize("kills", [24 if CI else 5])
+def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, capsys, kills):
     seed = random.randrange(1000)
-    moments = random.Random(seed)
-    args = dict(num_steps=5 * kills + 2, save_every=1, eval_every=3, eval_data="held_out.jsonl")
-    Path("held_out.jsonl").write_text("".join(Path("data.jsonl").read_text().splitlines(keepends=True)[:4]))
-    finish(start(command(name, run_name="whole", **args)))
-
-    inside_a_save = 0
-    again = command(name, run_name="a", resume="auto", **args)
-    for kill in range(kills):
-        with start(again) as process:
-            before = newest_step()
-            wanted = before + moments.randint(1, 4) if kill else 0  # the first one before there is a checkpoint
-            while process.poll() is None and (newest_step() < wanted or not list(Path("runs").glob("a/events*"))):
-                time.sleep(0.001)
-            if kill % 2:
-                while process.poll() is None and not list(Path("runs/a").glob(".step_*")):
-                    pass
-            else:
+    moments, pid, inside = random.Random(seed), "", 0
+    args = dict(num_steps=3 * kills + 2, save_every=1, eval_every=3, beta=0.05)
+    args |= dict(adaptive_kl_target=0.01, value_warmup_steps=5) if script is ppo else dict(ref_refresh_every=4)
+    run(script, capsys, run_name="whole", **args)
+    with start(command(script.__name__, SUPERVISOR, run_name="a", resume="auto", **args)) as process:
+        for kill in range(kills):
+            wait_until(lambda: Path("pid").exists() and Path("pid").read_text() != pid)  # noqa: B023
+            pid = Path("pid").read_text()
+            for _ in range(moments.randint(1, 3) if kill else 0):  # the first one before there is a checkpoint
+                before = saves()
+                wait_until(lambda: saves() != before)  # noqa: B023
+            if kill % 3 == 0:
                 time.sleep(moments.uniform(0, 0.1))
-            process.kill()
-        assert process.returncode == -signal.SIGKILL, f"kill {kill} of seed {seed} came too late"
-        inside_a_save += bool(list(Path("runs/a").glob(".step_*")))
-    finish(start(again))
+            elif kill % 3 == 1:  # inside a save, while the file is being written
+                wait_until(ASIDE.exists)
+                time.sleep(moments.choice([0, 0, 0.001]))
+            os.kill(int(pid), signal.SIGKILL)  # kill % 3 == 2: inside a save, while policy/ is being written
+            wait_until(lambda: not Path(f"/proc/{pid}").exists())  # noqa: B023
+            inside += ASIDE.exists()
+        finish(process)
+    assert inside, f"no kill of seed {seed} came inside a save"
+    assert_same_run("whole", "a")
+    assert [step for step, _ in curves("a")["reward/mean"]] == [*range(args["num_steps"])]
+    assert not ASIDE.exists(), "what a killed save leaves behind is written over"
 
-    assert inside_a_save
-    assert same_bits("runs/whole/policy", "runs/a/policy"), f"seed {seed}"
-    assert curves("a") == curves("whole"), f"seed {seed}"
-    assert [step for step, _ in curves("a")["reward/mean"]] == [*range(1, args["num_steps"] + 1)]
-    assert steps("a") == steps("whole")
-    assert not list(Path("runs/a").glob(".*")), "what a killed save leaves behind is cleared away"
 
-
-def newest_step() -> int:
-    return max((int(name[5:]) for name in steps("a")), default=0)
+def test_the_points_of_a_step_are_on_disk_before_its_checkpoint(script, capsys, monkeypatch):
+    append, save, seen = LocalFileSystem.append, script.save_checkpoint, []
+    # TensorBoard writes in a thread of its own, which falls behind here.
+    monkeypatch.setattr(LocalFileSystem, "append", lambda *args, **more: time.sleep(0.005) or append(*args, **more))
+    monkeypatch.setattr(script, "save_checkpoint", lambda *args, **how: seen.append(curves("a")) or save(*args, **how))
+    run(script, capsys, num_steps=3, save_every=1)
+    assert [len(points.get("reward/mean", [])) for points in seen] == [0, 1, 2, 3]
+    assert seen[-1] == curves("a")
 
 
 # ----- Exact resume -----
 
 
-@pytest.mark.parametrize("kept", [1, pytest.param(2, marks=slow), pytest.param(3, marks=slow)])
+@pytest.mark.parametrize("kept", [1, 2, 3])
 def test_a_run_can_stop_after_any_step_and_end_with_the_same_bits(script, capsys, kept):
-    # Through the value warm-up, in which the policy's optimizer has no state yet; beta moves.
-    choices = dict(value_warmup_steps=2, adaptive_kl_target=0.01, beta=0.05) if script is ppo else dict(
+    # Through the value warm-up, in which the policy's optimizer has no state yet; beta and the reference move.
+    choices = dict(value_warmup_steps=2, adaptive_kl_target=0.01, penalty_kl_target=0.01) if script is ppo else dict(
         ref_refresh_every=2, update_epochs=2)
-    run(script, capsys, run_name="whole", eval_every=2, **choices)
-    run(script, capsys, run_name="a", num_steps=kept, eval_every=2, **choices)
-    time.sleep(1.1)  # TensorBoard orders the files of a run by the second in their names
-    run(script, capsys, run_name="a", resume="auto", eval_every=2, **choices)
-    assert same_bits("runs/whole/policy", "runs/a/policy")
-    whole, parts = curves("whole"), curves("a")
-    for tag in whole.keys() - {"eval/accuracy", "eval/sampled", "eval/length"}:  # the first part had a last evaluation
-        assert whole[tag] == parts[tag], tag
+    run(script, capsys, run_name="whole", eval_every=2, beta=0.05, **choices)
+    run(script, capsys, num_steps=kept, eval_every=2, beta=0.05, **choices)
+    assert saved("a")["step"] == kept
+    run(script, capsys, resume="auto", eval_every=2, beta=0.05, **choices)
+    assert_same_run("whole", "a")
+    beta = saved("a")["betas"]
+    assert script is grpo or (beta["kl"] != 0.05 and beta["penalty"] != 1.0)
+
+
+def test_a_model_with_a_parameter_that_never_has_a_gradient_is_resumed(script, capsys, monkeypatch):
+    load = script.load_policy
+
+    def with_unused(*args):
+        policy, eos_ids = load(*args)
+        policy.base_model.unused = torch.nn.Parameter(torch.ones(2))
+        return policy, eos_ids
+
+    monkeypatch.setattr(script, "load_policy", with_unused)
+    run(script, capsys, run_name="whole", num_steps=3)
+    run(script, capsys, num_steps=2)
+    run(script, capsys, num_steps=3, resume="auto")
+    first, second = weights("runs/whole/policy"), weights("runs/a/policy")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_how_often_a_run_is_saved_does_not_change_it(script, capsys):
-    run(script, capsys, run_name="often", save_every=1, **(dict(value_warmup_steps=2) if script is ppo else {}))
-    run(script, capsys, run_name="once", save_every=0, **(dict(value_warmup_steps=2) if script is ppo else {}))
-    assert same_bits("runs/often/policy", "runs/once/policy")
+    options = dict(value_warmup_steps=2) if script is ppo else {}
+    run(script, capsys, run_name="often", save_every=1, **options)
+    run(script, capsys, run_name="once", save_every=0, **options)
+    assert_same_run("often", "once")
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(script, capsys):
-    run(script, capsys, run_name="a", eval_every=2)
-    before, drawn = weights("runs/a/policy"), curves("a")
-    time.sleep(1.1)
-    run(script, capsys, run_name="a", eval_every=2, resume="auto")
-    after = weights("runs/a/policy")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert curves("a") == drawn
-    assert drawn["eval/accuracy"][-1][0] == SMALL["num_steps"]
+    run(script, capsys, eval_every=2)
+    shutil.copytree("runs/a", "runs/before")
+    run(script, capsys, eval_every=2, resume="auto")
+    assert_same_run("before", "a")
+    assert [step for step, _ in curves("a")["eval/accuracy"]] == [0, 2, 4]
 
 
-def test_the_last_two_checkpoints_stay(script, capsys):
-    run(script, capsys, run_name="a", save_every=1)
-    assert steps("a") == ["step_000003", "step_000004"]
-    names = {path.name for path in Path("runs/a/step_000004").iterdir()}
-    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "state.pt", "sha256.json"}
-    state = torch.load("runs/a/step_000004/state.pt", weights_only=True)
-    assert state["step"] == 4
-    assert state["args"]["num_prompts"] == 4
+def test_a_checkpoint_may_begin_another_run(script, capsys):
+    run(script, capsys, run_name="whole")
+    run(script, capsys, num_steps=2)
+    before = CHECKPOINT.read_bytes()
+    assert "resuming from runs/a/checkpoint.pt" in run(script, capsys, run_name="b", resume=str(CHECKPOINT))
+    assert CHECKPOINT.read_bytes() == before
+    first, second = weights("runs/whole/policy"), weights("runs/b/policy")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [step for step, _ in curves("b")["reward/mean"]] == [2, 3]
 
 
-def test_a_checkpoint_of_other_arguments_is_refused(script, capsys):
-    run(script, capsys, run_name="a")
-    said = run(script, capsys, 2, run_name="a", resume="auto", temperature=0.5, max_new_tokens=7)
-    assert "--max-new-tokens was 6, is 7" in said
-    assert "--temperature was 1.0, is 0.5" in said
+def test_a_run_is_not_written_over(script, capsys):
+    run(script, capsys, num_steps=2)
+    before = CHECKPOINT.read_bytes()
+    assert "runs/a exists: resume it (--resume auto)" in run(script, capsys, 2)
+    assert "runs/a exists: resume it (--resume auto)" in run(script, capsys, 2, resume=str(CHECKPOINT))
+    assert CHECKPOINT.read_bytes() == before
 
 
-def test_a_tokenizer_with_files_in_folders_can_be_saved_and_resumed(script, capsys):
-    # Several chat templates are saved in a folder of their own.
-    tokenizer = grpo.AutoTokenizer.from_pretrained("model")
-    tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "{{ messages[0]['content'] }}"}
-    tokenizer.save_pretrained("model")
-    run(script, capsys, run_name="a", num_steps=2)
-    inner = [*Path("runs/a/step_000002").glob("*/*")]
-    assert inner
-    run(script, capsys, run_name="a", num_steps=3, resume="auto")
-    inner[0].write_text("x")
-    assert f"{inner[0].name} is damaged" in run(
-        script, capsys, 2, run_name="b", num_steps=3, resume="runs/a/step_000002")
+def test_a_checkpoint_of_another_run_is_refused_with_every_difference(script, capsys):
+    run(script, capsys)
+    other = {grpo: ppo, ppo: grpo}[script]
+    said = run(script, capsys, 2, resume="auto", temperature=0.5, max_new_tokens=7)
+    assert "--max-new-tokens was 6, is 7, --temperature was 1.0, is 0.5\n" in said
+    assert f"script was {script.__name__}, is {other.__name__}, " in run(other, capsys, 2, resume="auto")
+    Path("data.jsonl").write_text(Path("data.jsonl").read_text().replace('"0"', '"1"'))
+    assert "hash of the problems was" in run(script, capsys, 2, resume="auto")
+
+
+def test_what_only_the_machine_needs_may_change_on_the_way(script, capsys):
+    run(script, capsys, num_steps=2)
+    less = dict(micro_batch_tokens=20, gradient_checkpointing=True, eval_every=1, save_every=1)
+    run(script, capsys, resume="auto", num_steps=3, **less)
+    assert saved("a")["step"] == 3
 
 
 # ----- SIGTERM and SIGINT (see also test_train.py) -----
 
-SLOW_STEPS = "import time; script.reward = lambda completion, answer: time.sleep(0.2) or len(set(completion)) / 10"
+SLOW_STEPS = "script.reward = lambda completion, answer: time.sleep(60)"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=slow)])
 def test_a_second_signal_leaves_at_once(folder, number):
-    with start(command("grpo", SLOW_STEPS.replace("0.2", "60"), run_name="a", num_steps=100)) as process:
-        while not list(Path("runs").glob("a/events*")):
-            time.sleep(0.05)
+    with start(command("grpo", SLOW_STEPS, run_name="a")) as process:
+        wait_until(lambda: [*Path("runs").glob("a/events*")])
         time.sleep(1)
         process.send_signal(number)
         time.sleep(0.5)
@@ -190,21 +238,28 @@ def full_disk(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_at_the_last_save_keeps_the_checkpoint_before(script, capsys):
-    run(script, capsys, run_name="a", num_steps=2)
-    with full_disk(50_000):  # the weights are larger
-        said = run(script, capsys, 2, run_name="a", num_steps=4, resume="auto")
-    assert "runs/a/step_000004 could not be saved" in said
-    assert "Traceback" not in said
-    assert steps("a") == ["step_000002"]
-    assert not list(Path("runs/a").glob(".*"))
-    run(script, capsys, run_name="a", num_steps=4, resume="auto")
-    run(script, capsys, run_name="whole", num_steps=4)
-    assert same_bits("runs/whole/policy", "runs/a/policy")
+@pytest.mark.parametrize("size", [50_000, 250_000])
+def test_a_full_disk_at_the_last_save_keeps_the_checkpoint_before(script, capsys, size):
+    run(script, capsys, run_name="whole")
+    run(script, capsys, num_steps=2)
+    before = CHECKPOINT.read_bytes()
+    assert len(before) > 250_000
+    with full_disk(size):
+        said = run(script, capsys, 2, resume="auto")
+    assert "runs/a could not be saved: " in said
+    assert CHECKPOINT.read_bytes() == before
+    run(script, capsys, resume="auto")
+    assert_same_run("whole", "a")
+
+
+def test_a_save_that_failed_leaves_nothing_behind_on_the_full_disk(script, capsys):
+    with full_disk(50_000):
+        run(script, capsys, 2)
+    assert not ASIDE.exists()
 
 
 def test_a_full_disk_at_a_save_on_the_way_does_not_end_the_run(script, capsys, monkeypatch):
-    # Full in steps 2 and 3, as the reward sees them: then somebody makes room.
+    # Full in the second and third step, as the reward sees them: then somebody makes room.
     calls = itertools.count()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -213,17 +268,13 @@ def test_a_full_disk_at_a_save_on_the_way_does_not_end_the_run(script, capsys, m
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if step in (1, 2) else before[0], before[1]))
         return variety(completion, answer)
 
+    run(script, capsys, run_name="whole")
     monkeypatch.setattr(script, "reward", filling)
     with full_disk(before[0]):
-        said = run(script, capsys, run_name="a", save_every=1)
-    for step in (2, 3):
-        assert f"runs/a/step_00000{step} could not be saved" in said
-    assert said.count("the run goes on") == 2
-    assert steps("a") == ["step_000001", "step_000004"]
-    assert not list(Path("runs/a").glob(".*"))
-    monkeypatch.setattr(script, "reward", variety)
-    run(script, capsys, run_name="whole")
-    assert same_bits("runs/whole/policy", "runs/a/policy")
+        said = run(script, capsys, save_every=1)
+    assert said.count("runs/a could not be saved, the run goes on: ") == 2  # after two and after three steps
+    assert_same_run("whole", "a")
+    assert not ASIDE.exists()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
@@ -238,211 +289,157 @@ def test_a_full_disk_ends_the_curves_not_the_run(script, capsys, monkeypatch):
         return append(*args, **kwargs)
 
     monkeypatch.setattr(LocalFileSystem, "append", failing)
-    said = run(script, capsys, run_name="a", num_steps=6, save_every=2)
-    assert "the curves end here, the run goes on: [Errno 28] No space left on device" in said
-    assert steps("a") == ["step_000004", "step_000006"]
+    said = run(script, capsys, num_steps=6, save_every=2)
+    assert said.count("the curves end here, the run goes on: [Errno 28] No space left on device") == 1
+    assert saved("a")["step"] == 6
 
 
-def test_too_little_room_is_told_before_training(script, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    said = run(script, capsys, 2, run_name="a")
-    assert "the run cannot be kept in runs/a: three checkpoints need" in said
-    assert steps("a") == []
-
-
-def test_a_folder_that_cannot_be_written_is_told_before_training(script, capsys, monkeypatch):
+@pytest.mark.parametrize("place", ["a file", pytest.param("no permission", marks=pytest.mark.skipif(
+    os.getuid() == 0, reason="root may write anywhere"))])
+def test_a_folder_that_cannot_be_written_is_told_before_training(script, capsys, monkeypatch, place):
     monkeypatch.setattr(script, "generate_completions", None)  # whoever samples fails
-    monkeypatch.setattr(script, "sharing_is_exact", lambda *_: False)
-    Path("runs").write_text("a file")
-    said = run(script, capsys, 2, run_name="a")
-    assert "the run cannot be kept in runs/a: " in said
-    assert "Traceback" not in said
-    monkeypatch.setattr(script, "TINY_STEPS", 2)
-    said = run(script, capsys, 2, model="tiny", data=None, eval_data=None, num_prompts=4, max_new_tokens=8)
-    assert "could not be saved" in said
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_told_before_training(script, capsys):
-    Path("runs").mkdir(mode=0o500)
-    assert "the run cannot be kept in runs/a: " in run(script, capsys, 2, run_name="a")
+    Path("runs").write_text("") if place == "a file" else Path("runs").mkdir(mode=0o500)
+    assert "the run cannot be kept in runs/a: " in run(script, capsys, 2)
 
 
 # ----- Damaged checkpoints -----
 
 
-def truncated(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+def largest_tensor(content: bytes) -> int:
+    """A place in the middle of the first tensor's numbers, which stand uncompressed in the file."""
+    numbers = torch.load(CHECKPOINT, weights_only=True)["policy"][0]["model.layers.0.mlp.up_proj.weight"]
+    place = content.index(numbers.numpy().tobytes())
+    return place + numbers.nbytes // 2
 
 
-def altered(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def altered(content: bytes, place: int, bit: int = 0) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("damage", [truncated, altered, Path.unlink])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(script, capsys, damage):
-    run(script, capsys, run_name="whole", num_steps=3)
-    run(script, capsys, run_name="kept", num_steps=2, save_every=1)
-    newest = Path("runs/kept/step_000002")
-    names = sorted(path.name for path in newest.iterdir())
-    assert {"model.safetensors", "state.pt", "tokenizer.json", "config.json", "sha256.json"} < {*names}
-    for name in names if CI else ["model.safetensors", "state.pt"][script is ppo :]:
-        for place in ("runs/a", "runs/b"):
-            shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree("runs/kept", "runs/a", copy_function=shutil.copy2)
-        damage(Path("runs/a/step_000002", name))
-        said = run(script, capsys, 2, run_name="b", num_steps=3, resume="runs/a/step_000002")
-        assert "runs/a/step_000002 cannot be loaded: " in said, name
-        assert name in said or name == "sha256.json", said  # which says what is damaged, or is itself
-        assert "no checkpoint that can be loaded; there is also runs/a/step_000001" in said
-        said = run(script, capsys, run_name="a", num_steps=3, resume="auto")
-        assert "runs/a/step_000002 cannot be loaded: " in said, name
-        assert "going on from runs/a/step_000001" in said
-        assert same_bits("runs/whole/policy", "runs/a/policy"), name
-        assert "step_000003" in steps("a")
+DAMAGES = {
+    "missing": lambda content: None,
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "a byte short": lambda content: content[:-1],
+    "one bit of a tensor": lambda content: altered(content, largest_tensor(content)),
+    "no checkpoint": lambda content: b"text" * 100,
+    "nothing that it should hold": lambda content: Path("other.pt").read_bytes(),
+}
 
 
-def test_when_no_checkpoint_is_good_the_run_does_not_start_anew(script, capsys):
-    run(script, capsys, run_name="a", num_steps=2, save_every=1)
-    for folder in Path("runs/a").glob("step_*"):
-        truncated(folder / "state.pt")
-    said = run(script, capsys, 2, run_name="a", num_steps=3, resume="auto")
-    assert said.count("cannot be loaded: state.pt is damaged") == 2
-    assert "--resume auto: no checkpoint that can be loaded" in said
+def test_a_damaged_checkpoint_is_refused(script, capsys, monkeypatch):
+    run(script, capsys, num_steps=2)
+    torch.save({"a": 1}, "other.pt")
+    good = CHECKPOINT.read_bytes()
+    monkeypatch.setattr(script, "generate_completions", None)  # whoever samples fails
+    for name, damage in DAMAGES.items():
+        CHECKPOINT.write_bytes(good)
+        bad = damage(good)
+        CHECKPOINT.unlink()
+        if bad is not None:
+            CHECKPOINT.write_bytes(bad)
+        for args in [dict(resume=str(CHECKPOINT), run_name="b"), *([dict(resume="auto")] if bad is not None else [])]:
+            said = run(script, capsys, 2, num_steps=3, **args)
+            assert said.startswith(f"{script.__name__}.py: runs/a/checkpoint.pt cannot be loaded: "), name
+            assert ("is damaged" in said) == (name == "one bit of a tensor"), said
+        assert not Path("runs/b").exists(), name
+        assert bad is None or CHECKPOINT.read_bytes() == bad, name
+
+
+def test_a_bit_altered_anywhere_is_refused_or_changes_nothing(script, capsys):
+    """What no checksum covers holds nothing that is read: names twice, padding, dates."""
+    run(script, capsys, run_name="whole", num_steps=2)
+    run(script, capsys, num_steps=1)
+    good, moments, refused = CHECKPOINT.read_bytes(), random.Random(0), 0
+    for _ in range(100 if CI else 10):
+        CHECKPOINT.write_bytes(altered(good, moments.randrange(len(good)), moments.randrange(8)))
+        capsys.readouterr()
+        code = script.main(arguments(script, resume="auto", num_steps=2))
+        said = capsys.readouterr().err
+        refused += code == 2 and "cannot be loaded: " in said and "Traceback" not in said
+        if code != 2:
+            assert_same_run("whole", "a")
+    assert refused > (60 if CI else 5)
 
 
 # ----- A reward that fails -----
 
 WRONG = {
-    "raises": (ValueError("no"), "raised ValueError('no')"),
-    "nan": (float("nan"), "returned nan"),
-    "list": ([1.0], "raised TypeError"),
-    "none": (None, "raised TypeError"),
-    "infinite": (float("inf"), "returned inf"),
+    "raises": ("1 / 0", ZeroDivisionError, "division by zero"),
+    "nan": ("float('nan')", ValueError, "reward returned nan for the completion '"),
+    "infinite": ("float('inf')", ValueError, "reward returned inf for the completion '"),
+    "list": ("[1.0]", TypeError, "not 'list'"),
+    "none": ("None", TypeError, "not 'NoneType'"),
 }
 
 
 @pytest.mark.parametrize("wrong", ["raises", "nan", *(pytest.param(name, marks=slow) for name in [*WRONG][2:])])
 @pytest.mark.parametrize("when", ["training", "evaluation"])
 def test_a_wrong_reward_stops_the_run_and_keeps_what_was_learned(script, capsys, monkeypatch, wrong, when):
-    value, says = WRONG[wrong]
-    run(script, capsys, run_name="whole", num_steps=4, eval_every=2)
-    training = itertools.count()  # 8 completions in a step, 5 + 5 in an evaluation: 10, 8, 8, 10, 8, 8, 10
-    bad = 10 + 8 + 8 + 3 if when == "evaluation" else 10 + 8 + 8 + 10 + 3
+    text, error, says = WRONG[wrong]
+    run(script, capsys, run_name="whole", eval_every=2)
+    # 8 completions in a step, 5 + 5 in an evaluation: 10, 8, 8, 10, 8, 8, 10
+    calls, bad = itertools.count(), {"evaluation": 10 + 8 + 8 + 3, "training": 10 + 8 + 8 + 10 + 3}[when]
 
     def failing(completion: str, answer: str) -> float:
-        if next(training) != bad:
-            return variety(completion, answer)
-        if isinstance(value, Exception):
-            raise value
-        return value
+        return variety(completion, answer) if next(calls) != bad else eval(text)
 
     monkeypatch.setattr(script, "reward", failing)
-    said = run(script, capsys, 2, run_name="a", num_steps=4, eval_every=2)
-    assert f"the reward {says}" in said
-    assert "2 steps are kept: go on with --run-name a --resume auto" in said
-    assert "Traceback" not in said
-    assert steps("a") == ["step_000002"]
+    with pytest.raises(error, match=says) as raised:
+        script.main(arguments(script, eval_every=2))
+    names = [frame.name for frame in traceback.extract_tb(raised.tb)]
+    assert "failing" in names if wrong == "raises" else names[-1] == "compute_rewards"
+    assert saved("a")["step"] == 2
     monkeypatch.setattr(script, "reward", variety)
-    run(script, capsys, run_name="a", num_steps=4, eval_every=2, resume="auto")
-    assert same_bits("runs/whole/policy", "runs/a/policy")
+    run(script, capsys, eval_every=2, resume="auto")
+    assert_same_run("whole", "a")
 
 
-def test_a_wrong_reward_in_the_first_evaluation_is_a_sentence(script, capsys, monkeypatch):
-    monkeypatch.setattr(script, "reward", lambda completion, answer: None)
-    said = run(script, capsys, 2, run_name="a", eval_every=2)
-    assert "the reward raised TypeError" in said
-    assert "is no finite number" in said
+@slow
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_the_line_of_a_wrong_reward_is_named(folder, name):
+    wrong = "\ndef reward(completion, answer):\n    return 1 / 0  # this line\nscript.reward = reward"
+    said = finish(start(command(name, wrong, run_name="a")), code=1)
+    assert "return 1 / 0  # this line" in said
+    assert said.rstrip().endswith("ZeroDivisionError: division by zero")
+    assert saved("a")["step"] == 0
 
 
 # ----- A gradient that is not finite -----
 
-
-def spoil(monkeypatch, script, name: str, bad_steps) -> list:
-    """Make the loss of that name NaN in those steps (counted from 1), and return the policies after every update."""
-    policies, loss, update = [], getattr(script, name), script.optimizer_step
-    step = itertools.count(1)
-    current = [0]
-
-    def counted(*args, **kwargs):
-        current[0] = next(step)
-        return seeded(*args, **kwargs)
-
-    def spoiled(*args, **kwargs):
-        value, per_token = loss(*args, **kwargs)
-        return value * (torch.nan if current[0] in bad_steps else 1.0), per_token
-
-    def recorded(model, *args):
-        norm = update(model, *args)
-        policies.append((current[0], [parameter.detach().clone() for parameter in model.parameters()]))
-        return norm
-
-    seeded = script.seed_step
-    monkeypatch.setattr(script, "seed_step", counted)
-    monkeypatch.setattr(script, name, spoiled)
-    monkeypatch.setattr(script, "optimizer_step", recorded)
-    return policies
-
-
 LOSSES = {grpo: ["grpo_loss"], ppo: ["policy_loss", "value_loss"]}
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=["policy", "value"])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(script, capsys, monkeypatch, place):
-    if place and script is grpo:
-        pytest.skip("has no value model")
-    policies = spoil(monkeypatch, script, LOSSES[script][place], bad_steps={2})
-    one_update = dict(num_minibatches=1, update_epochs=1)
-    said = run(script, capsys, run_name="a", **one_update)
-    assert said.count("step 2: the gradient was not finite") == 1
-    prefix = "value" if place else "policy"
-    assert curves("a")[f"{prefix}/skipped"] == [(1, 0.0), (2, 1.0), (3, 0.0), (4, 0.0)]
-    if script is ppo:  # its value model is updated first, each time
-        policies = policies[(1 - place) :: 2]
-    _, second, third = (after for _, after in policies[:3])
-    first = policies[0][1]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(second, third, strict=True))
-    assert all(value.isfinite().all() for value in weights("runs/a/policy").values())
+@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=slow)])
+@pytest.mark.parametrize(("script", "loss"), [(grpo, 0), (ppo, 0), (ppo, 1)], indirect=["script"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(script, loss, value, capsys, monkeypatch):
+    """Two updates a step: the first one of step 1 and both of step 2 are spoiled."""
+    name, prefix = LOSSES[script][loss], ["policy", "value"][loss]
+    compute, update, calls, norms, models = getattr(script, name), script.optimizer_step, itertools.count(), [], []
 
+    def spoiled(*args, **kwargs):
+        loss, per_token = compute(*args, **kwargs)
+        return loss * (value if next(calls) in (2, 4, 5) else 1.0), per_token
 
-@pytest.mark.parametrize("place", [0, 1], ids=["policy", "value"])
-def test_many_such_updates_in_a_row_stop_the_run_with_the_last_good_state(script, capsys, monkeypatch, place):
-    if place and script is grpo:
-        pytest.skip("has no value model")
-    spoil(monkeypatch, script, LOSSES[script][place], bad_steps={2, 4, 5, 6, 7, 8})
-    said = run(script, capsys, 2, run_name="a", num_steps=20)
-    assert "the gradient was not finite in 5 steps in a row" in said
-    assert "8 steps are kept: go on with --run-name a --resume auto" in said
-    assert "Traceback" not in said
-    assert steps("a") == ["step_000008"]
-    assert all(value.isfinite().all() for value in weights("runs/a/step_000008").values())
-    state = torch.load("runs/a/step_000008/state.pt", weights_only=True)
-    moments = [x for s in state["optimizer"]["state"].values() for x in s.values()]
-    assert all(torch.as_tensor(x).isfinite().all() for x in moments)
+    def recorded(model, *args):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        norm = update(model, *args)
+        if hasattr(model, "lm_head") == (prefix == "policy"):
+            norms.append(float(norm))
+            models.append(any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
+        return norm
 
-
-# ----- Memory -----
-
-
-def test_out_of_memory_names_the_flags_that_help(script, capsys, monkeypatch):
-    update, calls = script.optimizer_step, itertools.count()
-
-    def full(*args):
-        if next(calls) > 8:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return update(*args)
-
-    monkeypatch.setattr(script, "optimizer_step", full)
-    said = run(script, capsys, 2, run_name="a", save_every=1, num_steps=20)
-    for flag in ("--micro-batch-tokens", "--num-prompts", "--group-size", "--gradient-checkpointing"):
-        assert flag in said
-    assert "Traceback" not in said
-    kept = steps("a")[-1]
-    monkeypatch.setattr(script, "optimizer_step", update)
-    # Those that do not change the result may be lowered on the way.
-    lower = dict(micro_batch_tokens=20, gradient_checkpointing=True)
-    said = run(script, capsys, run_name="a", resume="auto", num_steps=12, **lower)
-    assert f"going on from runs/a/{kept}" in said
+    monkeypatch.setattr(script, name, spoiled)
+    monkeypatch.setattr(script, "optimizer_step", recorded)
+    said = run(script, capsys, num_minibatches=2, update_epochs=1)
+    assert models == [True, True, False, True, False, False, True, True]
+    for step in range(4):
+        assert (f"step {step}: the gradient was not finite, so its update was skipped" in said) == (step in (1, 2))
+    found = curves("a")
+    assert found[f"{prefix}/skipped"] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 0.0)]
+    means = [sum(norms[:2]) / 2, norms[3], 0.0, sum(norms[6:]) / 2]
+    assert [norm for _, norm in found[f"{prefix}/grad_norm"]] == pytest.approx(means)
+    checkpoint = saved("a")
+    state = checkpoint["policy"][1]["state"].values()
+    assert all(torch.as_tensor(x).isfinite().all() for moments in state for x in moments.values())
+    assert all(x.isfinite().all() for x in checkpoint["policy"][0].values())

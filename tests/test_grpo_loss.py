@@ -289,17 +289,16 @@ def test_an_unknown_loss_average_is_refused():
         loss_weights(torch.ones(2, 3, dtype=torch.bool), "sentence", MAX_NEW_TOKENS)
 
 
-def test_an_unknown_ratio_level_and_shapes_that_would_broadcast_are_refused():
+@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("shape", [(2, 1), (3,), (1, 3)])
+def test_shapes_that_would_broadcast_are_refused(which, shape):
     """One advantage a completion, (N, 1), must be expanded by who calls: a (T,) would be taken for it in silence."""
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    good = (x, x, x, x, mask, x)
-    with pytest.raises(ValueError, match=r"^ratio_level must be one of token, sequence, got 'word'"):
-        grpo_loss(*good, ratio_level="word")
-    of_one_column = [[y[:, :1] if i == which else y for i, y in enumerate(good)] for which in range(len(good))]
-    for wrong in (*of_one_column, [y[0] for y in good]):  # and a row alone
-        for level in ("token", "sequence"):
-            with pytest.raises(ValueError, match=r"^all tensors must be \(N, T\)"):
-                grpo_loss(*wrong, ratio_level=level)
+    arguments = [x, x, x, x, mask, x]
+    grpo_loss(*arguments)
+    arguments[which] = arguments[which][: shape[0] if len(shape) > 1 else 1, : shape[-1]].reshape(shape)
+    with pytest.raises((AssertionError, ValueError)):
+        grpo_loss(*arguments)
 
 
 # ----- Padding and micro-batches -----
@@ -351,3 +350,25 @@ def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_update(batch, loss
     assembled = torch.empty_like(gradient)
     assembled[order] = torch.cat([piece[1] for piece in pieces])
     assert_close(assembled, gradient, scale=size_of(batch, options))
+
+
+# ----- Shapes: nothing depends on how the completions are arranged -----
+
+
+@given(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)), averages, every_option, st.data())
+def test_groups_give_what_their_completions_give_in_one_list(shape, loss_average, options, data):
+    """(B, G, T) and (B G, T): the loss, its gradient, every metric and the weights, exactly."""
+    rows = shape[0] * shape[1]
+    lengths = torch.tensor(data.draw(st.lists(st.integers(0, shape[2]), min_size=rows, max_size=rows)))
+    flat = data.draw(batches(mask=st.just(torch.arange(shape[2]) < lengths[:, None])))
+    nested = Batch(*(x.reshape(shape) for x in flat))
+    assert torch.equal(average(nested, loss_average), average(flat, loss_average).view(shape))
+    weights = average(flat, loss_average)
+    loss, gradient = loss_and_gradient(flat, weights, **options)
+    nested_loss, nested_gradient = loss_and_gradient(nested, weights.view(shape), **options)
+    assert_close(nested_loss, loss, scale=size_of(flat, options))
+    assert torch.equal(nested_gradient, gradient.view(shape))
+    curves, nested_curves = (loss_and_curves(x, **options)[1] for x in (flat, nested))
+    assert curves.keys() == nested_curves.keys() == {"ratio", "clip_frac", "kl", "approx_kl"}
+    for name, curve in curves.items():
+        assert torch.equal(nested_curves[name], curve.view(shape))

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+import ppo
 from advantage import gae
-from families import NOT_SHARING, SHARING, make_batch, make_model
+from families import NOT_SHARING, SHARING, make_model, packed
 from kl import exact_kl, kl_estimate
 from ppo import (
     ValueModel,
@@ -253,10 +254,10 @@ def estimates(draw, moved: bool = True) -> Estimates:
     return Estimates(values, old_values, draw(tensors(mask.shape, -10.0, 10.0, dtype)), mask)
 
 
-def value_errors(batch: Estimates, value_clip_eps: float) -> Tensor:
-    """max[(V - R)^2, (clipped V - R)^2], token by token, (N, T)."""
+def value_terms(batch: Estimates, value_clip_eps: float) -> Tensor:
+    """1/2 max[(V - R)^2, (clipped V - R)^2], token by token, (N, T)."""
     weights = torch.zeros_like(batch.values).requires_grad_()
-    return 2 * torch.autograd.grad(value_loss(*batch, weights, value_clip_eps)[0], weights)[0]
+    return torch.autograd.grad(value_loss(*batch, weights, value_clip_eps)[0], weights)[0]
 
 
 def value_loss_and_gradient(batch: Estimates, weights: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -266,27 +267,27 @@ def value_loss_and_gradient(batch: Estimates, weights: Tensor, **options) -> tup
     return loss.detach(), torch.autograd.grad(loss, values)[0]
 
 
-def squared(error: Tensor, mask: Tensor) -> Tensor:
-    return error.square().where(mask, 0.0)
+def half_squared(error: Tensor, mask: Tensor) -> Tensor:
+    return 0.5 * error.square().where(mask, 0.0)
 
 
 @given(estimates(), value_eps)
 def test_the_clipped_value_loss_lies_between_its_bounds(batch, value_clip_eps):
-    """Property 37: (V - R)^2 <= loss <= max((V - R)^2, (|V_old - R| + eps)^2), the former exactly."""
+    """Property 37: (V - R)^2 <= 2 loss <= max((V - R)^2, (|V_old - R| + eps)^2), the former exactly."""
     values, old_values, returns, mask = batch
-    found, plain = value_errors(batch, value_clip_eps), squared(values - returns, mask)
+    found, plain = value_terms(batch, value_clip_eps), half_squared(values - returns, mask)
     assert (found >= plain).all()
-    highest = torch.maximum(plain, squared((old_values - returns).abs() + value_clip_eps, mask))
+    highest = torch.maximum(plain, half_squared((old_values - returns).abs() + value_clip_eps, mask))
     assert_close((found - highest).clamp(min=0), 0.0, scale=1 + highest.max())
 
 
 def assert_nothing_is_clipped(batch: Estimates, value_clip_eps: float) -> None:
-    """Where |V - V_old| < eps: the loss is (V - R)^2, no clipping is reported, and V = R has no gradient; exactly."""
+    """Where |V - V_old| < eps: the loss is (V - R)^2 / 2, no clipping is reported, V = R has no gradient; exactly."""
     values, old_values, returns, mask = batch
     inside = ((values - old_values).abs() < value_clip_eps - 1e-5) & mask
     _, clip_frac = value_loss(*batch, torch.ones_like(values), value_clip_eps)
     assert clip_frac[inside].eq(0).all()
-    assert torch.equal(value_errors(batch, value_clip_eps)[inside], (values - returns).square()[inside])
+    assert torch.equal(value_terms(batch, value_clip_eps)[inside], half_squared(values - returns, mask)[inside])
     reached = batch._replace(returns=values)
     gradient = value_loss_and_gradient(reached, torch.ones_like(values), value_clip_eps=value_clip_eps)[1]
     assert gradient[inside].eq(0).all()
@@ -294,7 +295,7 @@ def assert_nothing_is_clipped(batch: Estimates, value_clip_eps: float) -> None:
 
 @given(estimates(), value_eps)
 def test_within_the_value_clip_range_nothing_is_clipped(batch, value_clip_eps):
-    """Properties 37 and 38: |V - V_old| < eps implies that the loss is (V - R)^2."""
+    """Properties 37 and 38: |V - V_old| < eps implies that the loss is (V - R)^2 / 2."""
     assert_nothing_is_clipped(batch, value_clip_eps)
 
 
@@ -314,7 +315,7 @@ def test_while_the_value_is_the_old_one_the_value_gradient_is_weight_times_error
     weights = average(mask, loss_average).to(values)
     loss, gradient = value_loss_and_gradient(batch, weights, value_clip_eps=value_clip_eps)
     assert torch.equal(gradient, weights * (values - returns).where(mask, 0.0))
-    assert_close(loss, (0.5 * weights * squared(values - returns, mask)).sum())
+    assert_close(loss, (weights * half_squared(values - returns, mask)).sum())
     assert value_loss(*batch, weights, value_clip_eps)[1].eq(0).all()
 
 
@@ -348,7 +349,7 @@ def test_the_value_loss_of_five_moves_from_zero_towards_and_away_from_one():
     one, mask = torch.ones_like(values), torch.ones_like(values, dtype=torch.bool)
     batch = Estimates(values, torch.zeros_like(values), one, mask)
     gradient = value_loss_and_gradient(batch, one)[1]
-    assert value_errors(batch, 0.2)[0].tolist() == pytest.approx([4.0, 1.21, 0.81, 0.64, 1.0])
+    assert value_terms(batch, 0.2)[0].tolist() == pytest.approx([2.0, 0.605, 0.405, 0.32, 0.5])
     assert gradient[0].tolist() == pytest.approx([-2.0, -1.1, -0.9, 0.0, 1.0])
     loss, clip_frac = value_loss(values.requires_grad_(), *batch[1:], one)
     assert loss.item() == pytest.approx((4.0 + 1.21 + 0.81 + 0.64 + 1.0) / 2)
@@ -427,12 +428,6 @@ def test_without_values_and_discount_the_advantage_is_the_reward_to_go(batch, be
 # ----- The value model -----
 
 
-def plain(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> tuple:
-    """The same batch with a prompt of its own for every completion."""
-    group_size = len(completion_ids) // len(prompt_ids)
-    return *(x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask)), completion_ids, completion_mask
-
-
 def trained_value_model(policy: nn.Module) -> ValueModel:
     """With a head that is no longer 0, in the policy's dtype."""
     value_model = ValueModel(policy).to(policy.dtype)
@@ -443,16 +438,13 @@ def trained_value_model(policy: nn.Module) -> ValueModel:
 
 
 @torch.no_grad()
-def state_by_state(value_model: ValueModel, prompt_ids, prompt_mask, completion_ids, completion_mask) -> Tensor:
+def state_by_state(value_model: ValueModel, batch: ppo.Batch) -> Tensor:
     """The plainest way: every state s_t = (q, o_{<t}) alone, without padding and without the tokens that follow it."""
-    group_size = len(completion_ids) // len(prompt_ids)
-    values = torch.zeros(completion_ids.shape, dtype=torch.float64)
-    for i, (ids, mask) in enumerate(zip(completion_ids, completion_mask, strict=True)):
-        prompt, tokens = prompt_ids[i // group_size][prompt_mask[i // group_size]], ids[mask]
-        for t in range(len(tokens)):
-            state = torch.cat([prompt, tokens[:t]])
-            hidden = value_model.backbone(state[None], use_cache=False).last_hidden_state[0, -1]
-            values[i, t] = hidden @ value_model.head.weight[0] + value_model.head.bias[0]
+    values = torch.zeros(batch.completion_ids.shape, dtype=torch.float64)
+    for i, c, t in batch.completion_mask.nonzero().tolist():
+        state = torch.cat([batch.prompt_ids[i][batch.prompt_mask[i]], batch.completion_ids[i, c, :t]])
+        hidden = value_model.backbone(state[None], use_cache=False).last_hidden_state[0, -1]
+        values[i, c, t] = hidden @ value_model.head.weight[0] + value_model.head.bias[0]
     return values
 
 
@@ -460,45 +452,52 @@ def state_by_state(value_model: ValueModel, prompt_ids, prompt_mask, completion_
 PROJECTED = {"opt with a projection": dict(ffn_dim=48, word_embed_proj_dim=16)}
 
 
+@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
 @pytest.mark.parametrize("family", SHARING | PROJECTED)
 def test_packed_and_plain_values_are_those_of_the_state_before_each_token(family):
     policy = make_model(family.split()[0], **(SHARING | PROJECTED)[family])
-    value_model, batch = trained_value_model(policy), make_batch(group_size=2)
-    alone = state_by_state(value_model, *batch)
-    assert alone[batch[3]].std() > 0.1
-    tolerance = 1e-5 if family == "gemma2" else 1e-10  # gemma2's eager attention takes its softmax in float32
+    value_model, batch = trained_value_model(policy), packed(ppo)
+    alone = state_by_state(value_model, batch)
+    assert alone[batch.completion_mask].std() > 0.1
+    # The eager attention of some families takes its softmax in float32.
+    tolerance = 1e-5 if family in ("gemma2", "gpt_neo", "hyperclovax", "gemma3_text") else 1e-10
     with torch.no_grad():
-        for rows in (batch, plain(*batch)):
-            torch.testing.assert_close(completion_values(value_model, *rows), alone, atol=tolerance, rtol=0)
+        for completions_per_row in (4, 2, 1):
+            found = completion_values(value_model, batch.repack(completions_per_row))
+            assert found.shape == (12 // completions_per_row, completions_per_row, 7)
+            torch.testing.assert_close(found.view_as(alone), alone, atol=tolerance, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
 @pytest.mark.parametrize("family", NOT_SHARING)
 def test_plain_values_are_right_where_packed_ones_are_not(family):
     value_model = trained_value_model(make_model(family, **NOT_SHARING[family]))
-    batch = make_batch(num_prompts=2, group_size=2, width=12)
+    batch = packed(ppo, num_prompts=2, group_size=2, width=12)
+    alone = state_by_state(value_model, batch)
     with torch.no_grad():
-        packed, unpacked = (completion_values(value_model, *rows) for rows in (batch, plain(*batch)))
-    alone = state_by_state(value_model, *batch)
-    torch.testing.assert_close(unpacked, alone, atol=1e-5, rtol=0)
-    assert (packed - alone).abs().max() > 0.1
+        shared, plain = (completion_values(value_model, batch.repack(c)).view_as(alone) for c in (2, 1))
+    torch.testing.assert_close(plain, alone, atol=1e-5, rtol=0)
+    assert (shared - alone).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite", "opt"])
 def test_the_value_model_starts_at_exactly_zero(family):
     """Ziegler et al.: the head is initialised to zero. Only its gradient is not zero, and so it learns."""
-    value_model, batch = ValueModel(make_model(family, torch.float32, **SHARING[family])), make_batch()
-    for rows in (batch, plain(*batch)):
-        values = completion_values(value_model, *rows)
-        assert values.shape == batch[2].shape
+    value_model = ValueModel(make_model(family, torch.float32, **SHARING[family]))
+    for batch in (packed(ppo), packed(ppo).repack(1)):
+        values = completion_values(value_model, batch)
+        assert values.shape == batch.completion_ids.shape
         assert values.eq(0).all()
+        value_model.zero_grad()
         values.sum().backward()
         assert value_model.head.weight.grad.ne(0).any()
+        assert value_model.head.bias.grad == batch.completion_mask.sum()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_value_model_starts_from_a_copy_of_the_policy_and_shares_nothing_with_it(family):
     """Training one does not change the other, be the output head tied to the embeddings (gpt2) or not (llama)."""
-    policy, batch = make_model(family, **SHARING[family]), make_batch()
+    policy, batch = make_model(family, **SHARING[family]), packed(ppo)
     value_model = trained_value_model(policy)
     backbone = policy.base_model.state_dict()
     assert backbone.keys() == value_model.backbone.state_dict().keys()
@@ -509,7 +508,7 @@ def test_the_value_model_starts_from_a_copy_of_the_policy_and_shares_nothing_wit
     assert storages[0].isdisjoint(storages[1])
 
     def outputs() -> tuple[Tensor, Tensor]:
-        return completion_logprobs(policy, *batch, 1.0)[0], completion_values(value_model, *batch)
+        return completion_logprobs(policy, batch, 1.0)[0], completion_values(value_model, batch)
 
     logprobs, values = outputs()
     values.sum().backward()
@@ -528,12 +527,12 @@ def test_the_value_model_starts_from_a_copy_of_the_policy_and_shares_nothing_wit
 
 
 def test_packed_and_plain_rows_give_the_value_model_the_same_gradient():
-    value_model, batch = trained_value_model(make_model("gpt2", **SHARING["gpt2"])), make_batch()
-    weights = torch.randn(batch[2].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    value_model, batch = trained_value_model(make_model("gpt2", **SHARING["gpt2"])), packed(ppo)
+    weights = torch.randn(batch.completion_ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gradients = []
-    for rows in (batch, plain(*batch)):
+    for rows in (batch, batch.repack(1)):
         value_model.zero_grad()
-        (completion_values(value_model, *rows) * weights).sum().backward()
+        (completion_values(value_model, rows).view_as(weights) * weights).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in value_model.parameters()]))
     assert gradients[1].norm() > 0
     assert (gradients[0] - gradients[1]).norm() < 1e-12 * gradients[1].norm()
@@ -541,24 +540,36 @@ def test_packed_and_plain_rows_give_the_value_model_the_same_gradient():
 
 def test_what_stands_in_the_padding_changes_no_value():
     """Property 31: other ids there, and columns added; the values there are exactly 0."""
-    value_model, (prompt_ids, prompt_mask, completion_ids, completion_mask) = (
-        trained_value_model(make_model("llama")), make_batch()
-    )  # fmt: skip
-    first = completion_values(value_model, prompt_ids, prompt_mask, completion_ids, completion_mask)
-    prompt_ids, completion_ids = prompt_ids.where(prompt_mask, 1), completion_ids.where(completion_mask, 1)
-    wider = [pad(x, (0, 3)) for x in (completion_ids, completion_mask)]
-    second = completion_values(value_model, prompt_ids, prompt_mask, *wider)
-    assert torch.equal(second[:, :-3], first)
-    assert second[~wider[1]].eq(0).all()
+    value_model, batch = trained_value_model(make_model("llama")), packed(ppo)
+    first = completion_values(value_model, batch)
+    other = batch._replace(
+        prompt_ids=batch.prompt_ids.where(batch.prompt_mask, 1),
+        completion_ids=pad(batch.completion_ids.where(batch.completion_mask, 1), (0, 3)),
+        completion_mask=pad(batch.completion_mask, (0, 3)),
+    )
+    second = completion_values(value_model, other)
+    assert torch.equal(second[..., :-3], first)
+    assert second[~other.completion_mask].eq(0).all()
+
+
+def test_completions_without_a_token_have_no_values_and_leave_the_others_as_they_are():
+    """As DAPO's overlong filtering leaves them: one in a row, a whole row, and all of them."""
+    value_model, batch = trained_value_model(make_model("llama")), packed(ppo)
+    values, mask = completion_values(value_model, batch), batch.completion_mask.clone()
+    mask[0, 1] = mask[2] = False
+    found = completion_values(value_model, batch._replace(completion_mask=mask))
+    torch.testing.assert_close(found, values.where(mask, 0.0), atol=1e-10, rtol=0)
+    nothing = batch._replace(completion_mask=torch.zeros_like(mask))
+    assert completion_values(value_model, nothing).eq(0).all()
 
 
 def test_the_value_model_is_made_on_the_device_of_the_policy_and_its_values_on_that_of_the_inputs():
     """With another default device, where nothing can be computed, the values are the same. One number a state."""
-    policy, batch = make_model("llama"), make_batch()
+    policy, batch = make_model("llama"), packed(ppo)
     value_model = trained_value_model(policy)
-    expected = completion_values(value_model, *batch)
+    expected = completion_values(value_model, batch)
     with torch.device("meta"):
-        assert torch.equal(completion_values(value_model, *batch), expected)
+        assert torch.equal(completion_values(value_model, batch), expected)
         head = ValueModel(policy).head
     assert head.weight.device == policy.device
     assert head.out_features == 1
@@ -566,7 +577,7 @@ def test_the_value_model_is_made_on_the_device_of_the_policy_and_its_values_on_t
 
 def test_values_are_float32_over_a_bfloat16_model():
     value_model = trained_value_model(make_model("llama", torch.bfloat16))
-    assert completion_values(value_model, *make_batch()).dtype == torch.float32
+    assert completion_values(value_model, packed(ppo)).dtype == torch.float32
 
 
 # ----- How well it foretells -----
@@ -722,5 +733,54 @@ def test_a_shape_that_would_broadcast_is_refused(which, batch, estimate):
     for loss, arguments in ((policy_loss, of_policy), (value_loss, estimate)):
         arguments = [*arguments, torch.ones_like(arguments[0])]
         arguments[which] = pad(arguments[which], (0, 1))
-        with pytest.raises(ValueError, match=r"all tensors must be \(N, T\), got"):
+        with pytest.raises(AssertionError):
             loss(*arguments)
+
+
+# ----- Shapes: nothing depends on how the completions are arranged -----
+
+
+@st.composite
+def groups(draw) -> tuple[Batch, tuple[int, int, int]]:
+    """Completions in one list, (B G, T), of which some have no token, and B, G, T."""
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)))
+    rows = shape[0] * shape[1]
+    lengths = torch.tensor(draw(st.lists(st.integers(0, shape[2]), min_size=rows, max_size=rows)))
+    return draw(batches(mask=st.just(torch.arange(shape[2]) < lengths[:, None]))), shape
+
+
+@given(groups(), averages, every_option)
+def test_groups_have_the_policy_loss_of_their_completions_in_one_list(drawn, loss_average, options):
+    flat, shape = drawn
+    nested, weights = Batch(*(x.reshape(shape) for x in flat)), average(flat.completion_mask, loss_average)
+    assert torch.equal(average(nested.completion_mask, loss_average), weights.view(shape))
+    loss, gradient = loss_and_gradient(flat, weights, **options)
+    nested_loss, nested_gradient = loss_and_gradient(nested, weights.view(shape), **options)
+    assert_close(nested_loss, loss, scale=size_of(flat, options))
+    assert torch.equal(nested_gradient, gradient.view(shape))
+    curves, nested_curves = (loss_and_curves(x, **options)[1] for x in (flat, nested))
+    for name, curve in curves.items():
+        assert torch.equal(nested_curves[name], curve.view(shape))
+
+
+@given(groups(), averages, value_eps)
+def test_groups_have_the_value_loss_of_their_completions_in_one_list(drawn, loss_average, value_clip_eps):
+    flat, shape = drawn
+    flat = Estimates(*flat[:3], flat.completion_mask)  # any numbers will do
+    nested, weights = Estimates(*(x.reshape(shape) for x in flat)), average(flat.completion_mask, loss_average)
+    loss, gradient = value_loss_and_gradient(flat, weights, value_clip_eps=value_clip_eps)
+    found = value_loss_and_gradient(nested, weights.view(shape), value_clip_eps=value_clip_eps)
+    assert_close(found[0], loss)
+    assert torch.equal(found[1], gradient.view(shape))
+    clipped = [value_loss(*x, torch.ones_like(x.values), value_clip_eps)[1] for x in (flat, nested)]
+    assert torch.equal(clipped[1], clipped[0].view(shape))
+
+
+@given(groups(), betas, st.data())
+def test_groups_have_the_token_rewards_of_their_completions_in_one_list(drawn, beta, data):
+    flat, shape = drawn
+    kl, mask = kl_estimate(flat.logprobs, flat.ref_logprobs, "k1"), flat.completion_mask
+    rewards = data.draw(outcomes(len(mask), kl.dtype))
+    expected = token_rewards(rewards, kl, mask, beta)
+    found = token_rewards(rewards.view(shape[:2]), kl.view(shape), mask.view(shape), beta)
+    assert torch.equal(found, expected.view(shape))

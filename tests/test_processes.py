@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Several processes under torchrun, on the CPU with gloo and FSDP2: they train as one would, and end together."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -12,100 +13,106 @@ import torch
 
 import grpo
 import ppo
-from running import CI, SMALL, command, curves, finish, make_folder, slow, start, steps, weights
+from running import CI, SMALL, command, curves, finish, make_folder, saved, slow, start, weights
 
-# One launch does all that needs several processes and no fault: starting them costs more than what they do.
-#   gradients    one step of every case, up to the first update, whose gradient is written down
-#   together     4 steps
-#   half         2 steps, with which another number of processes goes on
-WORK = """
-import json, grpo, ppo
-
-cases, common = (json.load(open(name)) for name in ("cases.json", "common.json"))
-torch.set_num_threads(1)
+SEVERAL = dict(micro_batch_tokens=30)  # a prompt and two completions have up to 18
+CASES = {  # name: (script, folder of the model, arguments)
+    "several": ("both", "model", SEVERAL),
+    "one_micro_batch": ("both", "model", {}),
+    "alone": ("both", "model", dict(micro_batch_tokens=1, share_prompt=False)),
+    "token": ("both", "model", SEVERAL | dict(loss_average="token", gradient_checkpointing=True)),
+    "constant": ("both", "gpt2", SEVERAL | dict(loss_average="constant")),
+    "few_teach": ("grpo", "model", SEVERAL | dict(beta=0.0, group_size=2)),
+    "none_teaches": ("grpo", "model", SEVERAL | dict(beta=0.0, max_new_tokens=1)),
+    "no_kl": ("ppo", "model", SEVERAL | dict(beta=0.0)),
+    "minibatches": ("both", "model", dict(num_minibatches=2, num_prompts=12, kl_placement="reward", beta=1.0)),
+}
+COMMON = SMALL | dict(num_prompts=6, group_size=4, micro_batch_tokens=40, update_epochs=2, num_minibatches=1)
+COMMON |= dict(eval_data="held_out.jsonl")
+TRAIN = COMMON | dict(eval_every=2)
+OWN = {grpo: dict(ref_refresh_every=2), ppo: dict(value_warmup_steps=1, adaptive_kl_target=0.01)}
 
 
 class Enough(Exception):
     pass
 
 
-def work(number):
+def some_pay(completion: str, answer: str) -> float:
+    """Many pay alike here, so that groups without a signal are left out."""
+    return float(len(completion) > 1 and "1" in completion)
+
+
+def work(number: int) -> None:
+    """All that needs several processes and no fault, in one launch: starting them costs more than what they do.
+
+    gradients    one step of every case, up to the first update of the policy, whose gradient is written down
+    together     4 steps
+    half         2 steps, with which another number of processes goes on
+    """
+    torch.set_num_threads(1)
     for module in (grpo, ppo):
-        module.reward = script.reward
-        keep = module.optimizer_step
-        for name, (only, family, choices) in cases.items():
-            if only not in (module.__name__, "both"):
-                continue
-            gradients = {}
-
-            def record(model, optimizer, max_grad_norm):
-                gradients.update({f"{len(gradients)} {n}": module.whole(p.grad) for n, p in model.named_parameters()})
-                if hasattr(model, "lm_head"):
-                    raise Enough  # the policy is updated last
-
-            module.optimizer_step = record
-            try:
-                own = dict(model=family, run_name=f"{module.__name__}_{name}_{number}")
-                own |= dict(value_warmup_steps=0) if module is ppo else {}
-                module.train(module.Args(**common | own | choices))
-            except Enough:
-                pass
-            if module.world()[0] == 0:
-                torch.save(gradients, f"{module.__name__}_{name}_{number}.pt")
-        module.optimizer_step = keep
-        train = dict(common, eval_every=2, **(dict(value_warmup_steps=1) if module is ppo else {}))
-        name = module.__name__
-        module.train(module.Args(**train, run_name=f"{name}_together_{number}"))
-        module.train(module.Args(**train | dict(num_steps=2), run_name=f"{name}_half_{number}"))
+        module.reward, update = some_pay, module.optimizer_step
+        for name, (only, model, choices) in CASES.items():
+            if only in (module.__name__, "both"):
+                own = dict(value_warmup_steps=0) if module is ppo else {}
+                args = COMMON | dict(model=model, run_name=f"{module.__name__}_{name}_{number}") | own | choices
+                module.optimizer_step, gradients = recorder(module)
+                with contextlib.suppress(Enough):
+                    module.train(module.Args(**args))
+                if module.world()[0] == 0:
+                    torch.save(gradients, f"{module.__name__}_{name}_{number}.pt")
+        module.optimizer_step = update
+        args = TRAIN | OWN[module]
+        for name, steps in (("together", 4), ("half", 2)):
+            module.train(module.Args(**args | dict(run_name=f"{module.__name__}_{name}_{number}", num_steps=steps)))
         if number == 2:
-            module.train(module.Args(**train, run_name=f"{name}_half_1", resume="auto"))
+            module.train(module.Args(**args, run_name=f"{module.__name__}_half_1", resume="auto"))
 
+
+def recorder(module) -> tuple:
+    """In place of `optimizer_step`, and where it writes the gradients that come to it: the policy's come last."""
+    gradients = {}
+
+    def record(model, optimizer, max_grad_norm):
+        gradients.update({f"{len(gradients)} {n}": module.full_tensor(p.grad) for n, p in model.named_parameters()})
+        if hasattr(model, "lm_head"):
+            raise Enough
+
+    return record, gradients
+
+
+WORK = f"""
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_processes
 
 if __name__ == "__main__":
-    work(int(os.environ.get("WORLD_SIZE", 1)))
+    test_processes.work(int(os.environ["WORLD_SIZE"]))
     os._exit(0)  # the steps that were broken off leave FSDP's threads behind
 """
-SEVERAL = dict(micro_batch_tokens=30)  # a prompt and two completions have up to 18
-CASES = {
-    "several": ("both", "model", SEVERAL),
-    "one_micro_batch": ("both", "model", {}),
-    "odd": ("both", "model", SEVERAL | dict(num_prompts=5)),
-    "odd_alone": ("both", "model", dict(num_prompts=5, micro_batch_tokens=1, share_prompt=False)),
-    "odd_checkpointing": ("both", "model", SEVERAL | dict(num_prompts=5, gradient_checkpointing=True)),
-    "token": ("both", "model", SEVERAL | dict(num_prompts=3, loss_average="token")),
-    "constant": ("both", "gpt2", SEVERAL | dict(num_prompts=3, loss_average="constant")),
-    "few_teach": ("grpo", "model", SEVERAL | dict(num_prompts=3, beta=0.0)),
-    "none_teaches": ("grpo", "model", SEVERAL | dict(num_prompts=3, beta=0.0, max_new_tokens=1)),
-    "no_kl": ("ppo", "model", SEVERAL | dict(num_prompts=3, beta=0.0)),
-    "minibatches": ("both", "model", SEVERAL | dict(num_prompts=6, num_minibatches=2)),
-}
-# Many pay alike here, so that groups without a signal are left out.
-REWARD = "script.reward = lambda completion, answer: float(len(completion) > 1 and '1' in completion)"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Path:
-    """The folder in which one process and two have done the same."""
+    """The folder in which one process and several have done the same."""
     folder = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_folder(folder, "gpt2")
         (folder / "model").rename("gpt2")
         make_folder(folder)
-        (folder / "cases.json").write_text(json.dumps(CASES))
-        held_out = (folder / "data.jsonl").read_text().splitlines(keepends=True)[:13]  # one more than in a batch
+        held_out = (folder / "data.jsonl").read_text().splitlines(keepends=True)[:25]  # one more than in a batch
         (folder / "held_out.jsonl").write_text("".join(held_out))
-        common = SMALL | dict(num_prompts=3, group_size=4, micro_batch_tokens=40, update_epochs=2, num_minibatches=1)
-        common["eval_data"] = "held_out.jsonl"
-        (folder / "common.json").write_text(json.dumps(common))
-        for processes in (0, 2, 3) if CI else (0, 2):
-            run = command("grpo", REWARD + WORK, processes=processes)
-            finish(start(run[: 1 + next(i for i, part in enumerate(run) if part.startswith("driver"))]))
         for module in (grpo, ppo):
-            patch.setattr(module, "reward", lambda completion, answer: float(len(completion) > 1 and "1" in completion))
-            own = dict(value_warmup_steps=1) if module is ppo else {}
-            args = common | own | dict(eval_every=2, run_name=f"{module.__name__}_half_2", resume="auto")
-            module.train(module.Args(**args))
+            for name in ("reward", "optimizer_step"):
+                patch.setattr(module, name, getattr(module, name))  # `work` changes them
+        work(1)
+        for processes in (2, 3) if CI else (2,):
+            run = command("grpo", WORK, processes=processes)
+            finish(start(run[: 1 + next(i for i, part in enumerate(run) if part.startswith("driver"))]))
+        time.sleep(1)  # TensorBoard orders the files of a run by the second in their names
+        for module in (grpo, ppo):
+            args = TRAIN | OWN[module]
+            module.train(module.Args(**args, run_name=f"{module.__name__}_half_2", resume="auto"))
     return folder
 
 
@@ -115,63 +122,57 @@ def there(found, monkeypatch):
 
 
 both = pytest.mark.parametrize("name", ["grpo", "ppo"])
+all_cases = [(name, case) for case, (only, *_) in CASES.items() for name in ("grpo", "ppo") if only in (name, "both")]
 
 
-@both
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("name", "case"), all_cases)
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=slow)])
 def test_the_gradient_is_that_of_one_process(there, name, case, processes):
-    if CASES[case][0] not in (name, "both"):
-        pytest.skip("has no such case")
     one, all_of_them = (torch.load(f"{name}_{case}_{number}.pt", weights_only=True) for number in (1, processes))
     assert one.keys() == all_of_them.keys()
     assert bool(one) == (case != "none_teaches")
     largest = max((gradient.abs().max() for gradient in one.values()), default=1.0)
+    assert largest > 1e-3
     for parameter, gradient in one.items():
         torch.testing.assert_close(all_of_them[parameter], gradient, rtol=1e-5, atol=1e-5 * float(largest))
 
 
 def assert_trained_alike(first: str, second: str) -> None:
-    before, first, second = weights("model"), weights(first), weights(second)
-    for name, value in first.items():
+    before, one, two = weights("model"), weights(f"runs/{first}/policy"), weights(f"runs/{second}/policy")
+    for name, value in one.items():
         assert (value - before[name]).abs().max() > 1e-3, name
         # Where a gradient is 0 but for rounding, AdamW's step is its sign.
-        assert ((second[name] - value).abs() > 1e-5).float().mean() < 0.02, name
+        assert ((two[name] - value).abs() > 1e-5).float().mean() < 0.02, name
+    one, two = curves(first), curves(second)
+    assert one.keys() == two.keys()
+    for tag, points in one.items():
+        assert [step for step, _ in points] == [step for step, _ in two[tag]], tag
+        assert [value for _, value in two[tag]] == pytest.approx([v for _, v in points], rel=1e-3, abs=1e-4), tag
 
 
 @both
-def test_training_goes_as_in_one_process(there, name):
-    assert_trained_alike(f"runs/{name}_together_1/policy", f"runs/{name}_together_2/policy")
-    one, two = curves(f"{name}_together_1"), curves(f"{name}_together_2")
-    assert one.keys() == two.keys()
-    for tag, points in one.items():
-        assert [step for step, _ in points] == [step for step, _ in two[tag]]
-        assert [value for _, value in two[tag]] == pytest.approx([value for _, value in points], rel=1e-3, abs=1e-4)
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=slow)])
+def test_training_goes_as_in_one_process(there, name, processes):
+    assert_trained_alike(f"{name}_together_1", f"{name}_together_{processes}")
 
 
 @both
 def test_it_is_logged_evaluated_and_saved_once(there, name):
-    assert len(list(Path(f"runs/{name}_together_2").glob("events*"))) == 1
-    assert [step for step, _ in curves(f"{name}_together_2")["reward/mean"]] == [1, 2, 3, 4]
-    assert [step for step, _ in curves(f"{name}_together_2")["eval/accuracy"]] == [0, 2, 4]
-    assert steps(f"{name}_together_2") == ["step_000004"]
-    config = json.loads(Path(f"runs/{name}_together_2/policy/config.json").read_text())
+    run_name = f"{name}_together_2"
+    assert len(list(Path(f"runs/{run_name}").glob("events*"))) == 1
+    assert [step for step, _ in curves(run_name)["reward/mean"]] == [0, 1, 2, 3]
+    assert [step for step, _ in curves(run_name)["eval/accuracy"]] == [0, 2, 4]
+    assert saved(run_name)["step"] == 4
+    config = json.loads(Path(f"runs/{run_name}/policy/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     files = {path.name for path in Path(f"runs/{name}_together_1/policy").iterdir()}
-    assert {path.name for path in Path(f"runs/{name}_together_2/policy").iterdir()} == files
+    assert {path.name for path in Path(f"runs/{run_name}/policy").iterdir()} == files
 
 
 @both
 @pytest.mark.parametrize("began", [1, 2])
 def test_another_number_of_processes_goes_on(there, name, began):
-    assert steps(f"{name}_half_{began}") == ["step_000002", "step_000004"]
-    whole, parts = curves(f"{name}_together_1"), curves(f"{name}_half_{began}")
-    for tag, points in whole.items():
-        if tag.startswith("eval"):  # the first part ended with an evaluation at step 2
-            continue
-        assert [step for step, _ in points] == [step for step, _ in parts[tag]], tag
-        assert [value for _, value in parts[tag]] == pytest.approx([value for _, value in points], rel=1e-3, abs=1e-4)
-    assert_trained_alike(f"runs/{name}_together_1/policy", f"runs/{name}_half_{began}/policy")
+    assert_trained_alike(f"{name}_together_1", f"{name}_half_{began}")
 
 
 # ----- They end together -----
@@ -184,34 +185,37 @@ def folder(tmp_path, monkeypatch):
 
 
 RANK = "int(os.environ['RANK'])"
-FAILS = {
-    # One of them finds a reward that is no number: all keep what was learned.
-    "reward": f"""
+# 8 completions a step, half of them for each process: the third step.
+REWARD = """
 import itertools
 calls, good = itertools.count(), script.reward
-script.reward = lambda *texts: None if {RANK} == 1 and next(calls) == 10 else good(*texts)
-""",
+script.reward = lambda *texts: 1 / 0 if {RANK} == {rank} and next(calls) == 10 else good(*texts)
+"""
+UPDATE = """
+update = script.optimizer_step
+def step(*args):
+    if {RANK} == 1:
+        {fail}
+    return update(*args)
+script.optimizer_step = step
+"""
+# The process that writes takes its time: when one of several has left, torchrun kills the others within 30 s.
+SLOW_SAVE = """
+sync, leave, show = os.fsync, os._exit, sys.excepthook
+there = lambda: print("left before the checkpoint was there:", not os.path.exists("runs/a/checkpoint.pt"), flush=True)
+os.fsync = lambda file: (time.sleep(1), sync(file))
+os._exit = lambda code: (there(), leave(code))
+sys.excepthook = lambda *error: (there(), show(*error))
+"""
+FAILS = {
+    # One of them finds a reward that fails: all keep what was learned.
+    "reward of the first": REWARD.format(RANK=RANK, rank=0) + SLOW_SAVE,
+    "reward of the second": REWARD.format(RANK=RANK, rank=1) + SLOW_SAVE,
     # One of them fails in another way, or is killed: the others do not wait for it for ever.
-    "raises": f"""
-update = script.optimizer_step
-def step(*args):
-    if {RANK} == 1:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return update(*args)
-script.optimizer_step = step
-""",
-    "killed": f"""
-update = script.optimizer_step
-def step(*args):
-    if {RANK} == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(*args)
-script.optimizer_step = step
-""",
+    "raises": UPDATE.format(RANK=RANK, fail="raise torch.OutOfMemoryError('CUDA out of memory')"),
+    "killed": UPDATE.format(RANK=RANK, fail="os.kill(os.getpid(), signal.SIGKILL)"),
 }
-
-
-FAILURES = [("grpo", "reward"), ("grpo", "raises"), ("grpo", "killed"), ("ppo", "reward"), ("ppo", "raises")]
+FAILURES = [(name, fails) for name in ("grpo", "ppo") for fails in FAILS]
 FAILURES[1:] = [pytest.param(*failure, marks=slow) for failure in FAILURES[1:]]
 
 
@@ -220,12 +224,14 @@ def test_when_one_process_fails_all_end(folder, name, fails):
     began = time.monotonic()
     said = finish(start(command(name, FAILS[fails], processes=2, run_name="a")), code=1)
     assert time.monotonic() - began < 150
-    if fails == "reward":  # 8 completions a step, half of them for each process: the third step
-        assert "the reward raised TypeError" in said
-        assert steps("a") == ["step_000002"]
-        assert "2 steps are kept: go on with --run-name a --resume auto" in said
+    if "reward" in fails:
+        assert "ZeroDivisionError: division by zero" in said
+        assert "the reward failed in another process" in said
+        assert saved("a")["step"] == 2
+        assert said.count("left before the checkpoint was there: ") == 2
+        assert "left before the checkpoint was there: True" not in said
     if fails == "raises":
-        assert "--micro-batch-tokens" in said
+        assert "torch.OutOfMemoryError: CUDA out of memory" in said
 
 
 SLOW = "script.reward = lambda completion, answer: time.sleep(0.05) or len(set(completion)) / 10"
@@ -234,17 +240,14 @@ SLOW = "script.reward = lambda completion, answer: time.sleep(0.05) or len(set(c
 @pytest.mark.parametrize("name", ["grpo", pytest.param("ppo", marks=slow)])
 def test_sigterm_to_torchrun_finishes_the_step_and_saves(folder, name):
     with start(command(name, SLOW, processes=2, run_name="a", num_steps=1000, save_every=1)) as process:
-        while not steps("a"):
+        while not Path("runs/a/policy/model.safetensors").exists():
             time.sleep(0.1)
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=100)
     assert "finishing this step, then saving" in said
-    assert "to go on: the same command with --run-name a --resume auto" in said
-    kept = steps("a")[-1]
-    assert torch.load(f"runs/a/{kept}/state.pt", weights_only=True)["step"] == int(kept[5:])
-    assert weights("runs/a/policy")
-    assert [step for step, _ in curves("a")["reward/mean"]] == [*range(1, int(kept[5:]) + 1)]
+    assert "to resume: the same command with --run-name a --resume auto" in said
+    assert [step for step, _ in curves("a")["reward/mean"]] == [*range(saved("a")["step"])]
 
 
 @slow
@@ -258,6 +261,5 @@ def test_two_hosts_train_together(folder):
     run[3:3] = hosts
     first, second = start(run), start(run)
     said = finish(first) + finish(second)
-    assert "in 2 processes" in said
-    assert said.count("trained model: runs/a/policy") == 1
+    assert said.count("trained model after 2 steps: runs/a/policy") == 1
     assert [step for step, _ in curves("a")["eval/accuracy"]] == [0, 1, 2]

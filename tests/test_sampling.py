@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Sampling: from the whole distribution at one temperature, with shared prompts and dropped rows."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -23,14 +21,20 @@ def draw(*shape, seed=0):
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
+@pytest.mark.parametrize("family", [*SHARING, *NOT_SHARING])
 def test_the_samplers_log_probabilities_are_the_rescored_ones(family):
     # Step-0 identity: with ragged prompts, a temperature, dropped rows and a shared prompt, the ratio is 1.
-    model = make_model(family, torch.float32, **SHARING[family])
-    prompts, (ids, mask, sampled) = sample(model)
-    assert len(set(mask.sum(1).tolist())) > 3
-    rescored, _ = grpo.completion_logprobs(model, *prompts, ids, mask, temperature=0.7)
-    torch.testing.assert_close(rescored, sampled, atol=3e-5, rtol=0)
+    for special in (SHARING.get(family), NOT_SHARING.get(family)):
+        if special is None:
+            continue
+        shared = special is SHARING.get(family)
+        model = make_model(family, torch.float32, **special)
+        prompts, sampled = sample(model, share_prompt=shared)
+        assert len(set(sampled[1].sum(-1).flatten().tolist())) > (1 if family == "gemma3_text" else 3)
+        batch = grpo.Batch(*prompts, *sampled)
+        rescored, _ = grpo.completion_logprobs(model, batch if shared else batch.repack(1), temperature=0.7)
+        torch.testing.assert_close(rescored.view_as(sampled[2]), sampled[2], atol=1e-4, rtol=0)
 
 
 def test_sharing_prompts_and_dropping_rows_changes_no_token():
@@ -42,38 +46,48 @@ def test_sharing_prompts_and_dropping_rows_changes_no_token():
     torch.testing.assert_close(logprobs, plain_logprobs, atol=1e-5, rtol=0)
 
 
-def test_the_other_rows_and_the_room_kept_in_the_cache_change_no_token(monkeypatch):
-    """A row samples the same with its own random numbers alone, tested for its end at every token or never, and with
-    a cache that copies all it has for every new token."""
+def test_the_other_rows_change_no_token(monkeypatch):
+    """A row samples the same with its own random numbers alone, and tested for its end at every token or never."""
     model, prompts = make_model("llama", torch.float32), grpo.pad_prompts(PROMPTS, torch.device("cpu"))
     uniforms = draw(len(PROMPTS), 4, 12)
     ids, mask, _ = grpo.generate_completions(model, *prompts, uniforms, 0.7, ENDS)
     for row in range(len(PROMPTS)):
         prompt = grpo.pad_prompts([PROMPTS[row]], ids.device)
         alone = grpo.generate_completions(model, *prompt, uniforms[[row]], 0.7, ENDS)
-        width = alone[0].shape[1]
-        assert torch.equal(alone[0], ids[4 * row : 4 * row + 4, :width])
-        assert torch.equal(alone[1], mask[4 * row : 4 * row + 4, :width])
-    for name, value in (("STOP_TEST_EVERY", 1), ("STOP_TEST_EVERY", 99), ("reserve", lambda cache, tokens: None)):
-        monkeypatch.setattr(grpo, name, value)
+        width = alone[0].shape[2]
+        assert torch.equal(alone[0], ids[[row], :, :width])
+        assert torch.equal(alone[1], mask[[row], :, :width])
+    for tokens in (1, 99):
+        monkeypatch.setattr(grpo, "STOP_TEST_EVERY", tokens)
         again = grpo.generate_completions(model, *prompts, uniforms, 0.7, ENDS)
         assert torch.equal(again[0], ids)
         assert torch.equal(again[1], mask)
 
 
-def test_completions_run_through_the_first_end_token_and_stop_there():
-    _, (ids, mask, _) = sample(make_model("llama", torch.float32), max_new_tokens=12)
-    for row, counted in zip(ids, mask, strict=True):
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_sampling_ends_when_every_completion_has_ended_and_finished_rows_are_not_computed(share_prompt):
+    model, rows = make_model("llama", torch.float32), []
+    model.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    _, (ids, _, _) = sample(model, max_new_tokens=60, share_prompt=share_prompt)
+    assert len(rows) <= ids.shape[2] + grpo.STOP_TEST_EVERY < 60
+    assert rows[1:] == sorted(rows[1:], reverse=True)
+    assert (rows[-1] < 12) == share_prompt
+
+
+def test_completions_run_through_the_first_eos_token_and_stop_there():
+    _, (ids, mask, logprobs) = sample(make_model("llama", torch.float32), max_new_tokens=12)
+    for row, counted in zip(ids.flatten(0, 1), mask.flatten(0, 1), strict=True):
         length = int(counted.sum())
         assert torch.equal(counted, torch.arange(len(counted)) < length)
         is_end = torch.isin(row[:length], ENDS)
         assert not is_end[:-1].any()
         assert is_end[-1] or length == 12
+    assert (logprobs[~mask] == 0).all()
 
 
-def test_no_end_token_within_the_limit_means_full_length():
+def test_no_eos_token_within_the_limit_means_full_length():
     _, (ids, mask, _) = sample(make_model("llama", torch.float32), ends=torch.tensor([], dtype=torch.long))
-    assert ids.shape == mask.shape == (12, 10)
+    assert ids.shape == mask.shape == (3, 4, 10)
     assert mask.all()
 
 
@@ -83,7 +97,7 @@ def test_tokens_are_drawn_from_softmax_of_logits_over_temperature(temperature):
     prompts = grpo.pad_prompts([[5, 6, 7]], torch.device("cpu"))
     expected = (model(prompts[0]).logits[0, -1] / temperature).softmax(-1)
     ids, _, _ = grpo.generate_completions(model, *prompts, draw(1, 20000, 1), temperature, ENDS)
-    found = torch.bincount(ids[:, 0], minlength=VOCAB) / 20000
+    found = torch.bincount(ids[0, :, 0], minlength=VOCAB) / 20000
     # Five standard errors of a frequency, for each of the 61 tokens.
     assert ((found - expected).abs() < 5 * (expected * (1 - expected) / 20000).sqrt() + 1e-9).all()
 
@@ -91,7 +105,7 @@ def test_tokens_are_drawn_from_softmax_of_logits_over_temperature(temperature):
 def test_temperature_zero_takes_the_most_probable_token():
     model = make_model("llama", torch.float32)
     _, (ids, mask, _) = sample(model, group_size=1, temperature=0.0)
-    for prompt, row, counted in zip(PROMPTS, ids, mask, strict=True):
+    for prompt, row, counted in zip(PROMPTS, ids[:, 0], mask[:, 0], strict=True):
         text = list(prompt)
         for token in row[counted].tolist():
             assert token == int(model(torch.tensor([text])).logits[0, -1].argmax())
@@ -108,41 +122,50 @@ def test_the_models_own_generation_config_is_ignored():
 def test_sampling_follows_from_the_seed():
     model = make_model("llama", torch.float32)
     assert torch.equal(sample(model, seed=3)[1][0], sample(model, seed=3)[1][0])
-    assert not torch.equal(sample(model, seed=3)[1][1].sum(1), sample(model, seed=4)[1][1].sum(1))
+    assert not torch.equal(sample(model, seed=3)[1][0][..., 0], sample(model, seed=4)[1][0][..., 0])
+
+
+# ----- May completions share a row with their prompt? -----
+
+
+def ask(model, monkeypatch, longest=40, prompt=5):
+    """What `sharing_is_exact` answers, and what it says."""
+    said = []
+    monkeypatch.setattr(grpo, "say", said.append)
+    return grpo.sharing_is_exact(model, longest, prompt), said
 
 
 @pytest.mark.parametrize("family", SHARING)
-def test_sharing_is_found_exact_where_it_is(family):
-    assert ask(make_model(family, torch.float32, **SHARING[family])) == (True, [])
+def test_sharing_is_found_exact_where_it_is(family, monkeypatch):
+    assert ask(make_model(family, torch.float32, **SHARING[family]), monkeypatch) == (True, [])
 
 
+@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
 @pytest.mark.parametrize("family", NOT_SHARING)
-def test_sharing_is_refused_with_a_sentence_where_it_is_wrong(family):
-    exact, said = ask(make_model(family, torch.float32, **NOT_SHARING[family]))
+def test_sharing_is_refused_with_a_sentence_where_it_is_wrong(family, monkeypatch):
+    exact, (said,) = ask(make_model(family, torch.float32, **NOT_SHARING[family]), monkeypatch)
     assert not exact
-    assert said[0].startswith("This model cannot share a prompt among its completions")
+    assert said.startswith("This model cannot share a prompt among its completions")
 
 
-@pytest.mark.parametrize("family", NOT_SHARING)
-def test_models_that_cannot_share_are_sampled_right_without(family):
-    model = make_model(family, torch.float32, **NOT_SHARING[family])
-    prompts, (ids, mask, sampled) = sample(model, share_prompt=False)
-    rows = [x.repeat_interleave(4, 0) for x in prompts]
-    rescored, _ = grpo.completion_logprobs(model, *rows, ids, mask, temperature=0.7)
-    torch.testing.assert_close(rescored, sampled, atol=1e-4, rtol=0)
+def test_a_window_that_is_counted_by_place_in_the_row_is_seen_or_never_reached(monkeypatch):
+    """GPT-Neo's local layers see the last 16 places of the packed row, whatever the positions are."""
+    special = SHARING["gpt_neo"] | dict(window_size=16, max_position_embeddings=256)
+    model, problems = make_model("gpt_neo", torch.float32, **special), [([0] * 20, "")]
+    assert not ask(model, monkeypatch, longest=60, prompt=8)[0]
+    assert grpo.longest_shared_row(model, problems, share_prompt=True) == 16  # within the window it is exact
+    model.config.window_size = 10_000  # what the config says is not what the layers were built with
+    assert grpo.longest_shared_row(model, problems, share_prompt=True) == 0
 
 
-def ask(model):
-    """What `sharing_is_exact` finds, and what it says."""
-    said = []
-    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, autocast=torch.no_grad, say=said.append)
-    args = SimpleNamespace(max_new_tokens=8, temperature=0.7)
-    return grpo.sharing_is_exact(model, model, [(ids, "") for ids in PROMPTS], args, run), said
+@pytest.mark.parametrize(("longest", "prompt"), [(1, 0), (3, 1), (7, 2), (64, 21)])
+def test_rows_of_every_length_can_be_tried(longest, prompt, monkeypatch):
+    assert ask(make_model("llama", torch.float32), monkeypatch, longest, max(prompt, 1))[0]
 
 
 def test_a_sampler_in_bfloat16_keeps_the_positions_of_the_policy():
     model = make_model("llama", torch.float32)
-    sampler = grpo.make_sampler(model, torch.bfloat16)
+    sampler = grpo.make_sampler(model, "bfloat16")
     assert {parameter.dtype for parameter in sampler.parameters()} == {torch.bfloat16}
     for copied, original in zip(sampler.buffers(), model.buffers(), strict=True):
         assert torch.equal(copied, original)

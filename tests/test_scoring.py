@@ -1,195 +1,194 @@
 # SPDX-License-Identifier: MIT
-"""Log-probabilities of completions: sharing the prompt, padding, pieces and micro-batches change no number."""
+"""Log-probabilities of completions: sharing the prompt, padding and micro-batches change no number."""
 
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import grpo
-from families import NOT_SHARING, SHARING, VOCAB, make_batch, make_model
+from families import NOT_SHARING, SHARING, VOCAB, make_model, packed
 
 
-def one_by_one(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature):
-    """The plainest way: every row alone, without padding, through the model's own forward."""
-    group_size = len(completion_ids) // len(prompt_ids)
-    logprobs = torch.zeros(completion_ids.shape, dtype=torch.float64)
-    for i, (ids, mask) in enumerate(zip(completion_ids, completion_mask, strict=True)):
-        prompt, tokens = prompt_ids[i // group_size][prompt_mask[i // group_size]], ids[mask]
-        logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
-        logprobs[i, : len(tokens)] = (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+def one_by_one(model, batch, temperature):
+    """The plainest way: every completion alone behind its prompt, without padding, through the model's own forward."""
+    logprobs = torch.zeros(batch.completion_ids.shape, dtype=torch.float64)
+    for i, group in enumerate(batch.completion_ids):
+        prompt = batch.prompt_ids[i][batch.prompt_mask[i]]
+        for j, ids in enumerate(group):
+            tokens = ids[batch.completion_mask[i, j]]
+            logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+            logp = (logits / temperature).log_softmax(-1)
+            logprobs[i, j, : len(tokens)] = logp.gather(1, tokens[:, None])[:, 0]
     return logprobs
 
 
-def plain(prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """The same batch with a prompt of its own for every completion."""
-    group_size = len(completion_ids) // len(prompt_ids)
-    return *(x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask)), completion_ids, completion_mask
-
-
+@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
 @pytest.mark.parametrize("family", SHARING)
-def test_packed_and_plain_rows_give_the_log_probabilities_of_rows_alone(family):
-    model, batch = make_model(family, **SHARING[family]), make_batch()
+def test_however_many_completions_share_a_row_they_have_the_log_probabilities_of_completions_alone(family):
+    model, batch = make_model(family, **SHARING[family]), packed(grpo)
+    # The eager attention of some families takes its softmax in float32.
+    tolerance = 1e-5 if family in ("gemma2", "gpt_neo", "hyperclovax", "gemma3_text") else 1e-10
     with torch.no_grad():
-        alone = one_by_one(model, *batch, temperature=0.7)
-        packed, _ = grpo.completion_logprobs(model, *batch, temperature=0.7)
-        unpacked, _ = grpo.completion_logprobs(model, *plain(*batch), temperature=0.7)
-    tolerance = 1e-5 if family == "gemma2" else 1e-10  # gemma2's eager attention takes its softmax in float32
-    torch.testing.assert_close(packed, alone, atol=tolerance, rtol=0)
-    torch.testing.assert_close(unpacked, alone, atol=tolerance, rtol=0)
+        alone = one_by_one(model, batch, 0.7)
+        for completions_per_row in (4, 2, 1):
+            rows = batch.repack(completions_per_row)
+            assert rows.completion_ids.shape == (12 // completions_per_row, completions_per_row, 7)
+            found, _ = grpo.completion_logprobs(model, rows, 0.7)
+            torch.testing.assert_close(found.view_as(alone), alone, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "granite"])
-def test_packed_and_plain_rows_give_the_same_gradient(family):
-    model, batch = make_model(family, **SHARING[family]), make_batch()
-    weights = torch.randn(batch[2].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def test_however_many_completions_share_a_row_the_gradient_is_the_same(family):
+    model, batch = make_model(family, **SHARING[family]), packed(grpo)
+    weights = torch.randn(batch.completion_ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gradients = []
-    for rows in (batch, plain(*batch)):
+    for completions_per_row in (4, 2, 1):
         model.zero_grad()
-        (grpo.completion_logprobs(model, *rows, temperature=0.7)[0] * weights).sum().backward()
+        rows = batch.repack(completions_per_row)
+        (grpo.completion_logprobs(model, rows, 0.7)[0].view_as(weights) * weights).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    # gpt2 is float64 throughout; the norms of the others compute in float32, whatever the weights are.
-    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
-    assert error < (1e-12 if family == "gpt2" else 1e-6)
+    for gradient in gradients[:2]:
+        # gpt2 is float64 throughout; the norms of the others compute in float32, whatever the weights are.
+        error = (gradient - gradients[2]).norm() / gradients[2].norm()
+        assert error < (1e-12 if family == "gpt2" else 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
 @pytest.mark.parametrize("family", NOT_SHARING)
-def test_plain_rows_are_right_where_packed_rows_are_not(family):
-    model, batch = make_model(family, **NOT_SHARING[family]), make_batch(width=12)
+def test_rows_of_one_completion_are_right_where_shared_rows_are_not(family):
+    model, batch = make_model(family, torch.float32, **NOT_SHARING[family]), packed(grpo, width=12)
     with torch.no_grad():
-        alone = one_by_one(model, *batch, temperature=1.0)
-        packed, _ = grpo.completion_logprobs(model, *batch, temperature=1.0)
-        unpacked, _ = grpo.completion_logprobs(model, *plain(*batch), temperature=1.0)
-    torch.testing.assert_close(unpacked, alone, atol=1e-6, rtol=0)
-    assert (packed - alone).abs().max() > 0.1
+        alone = one_by_one(model, batch, 1.0)
+        plain, _ = grpo.completion_logprobs(model, batch.repack(1), 1.0)
+        torch.testing.assert_close(plain.view_as(alone).double(), alone, atol=1e-4, rtol=0)
+        assert (grpo.completion_logprobs(model, batch, 1.0)[0] - alone).abs().max() > 1e-3
 
 
-def test_what_stands_in_the_padding_changes_nothing():
-    model, (prompt_ids, prompt_mask, completion_ids, completion_mask) = make_model("llama"), make_batch()
-    first, _ = grpo.completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, 1.0)
-    prompt_ids, completion_ids = prompt_ids.where(prompt_mask, 1), completion_ids.where(completion_mask, 1)
-    wider = [torch.nn.functional.pad(x, (0, 3)) for x in (completion_ids, completion_mask)]
-    second, _ = grpo.completion_logprobs(model, prompt_ids, prompt_mask, *wider, 1.0)
-    assert torch.equal(second[:, :-3], first)
-    assert (second[~wider[1]] == 0).all()
+def test_what_stands_in_the_padding_changes_no_number():
+    model, batch = make_model("llama"), packed(grpo)
+    for rows in (batch, batch.repack(1)):
+        other = rows._replace(
+            prompt_ids=rows.prompt_ids.where(rows.prompt_mask, 7),
+            completion_ids=rows.completion_ids.where(rows.completion_mask, 9),
+        )
+        for found, expected in zip(
+            grpo.completion_logprobs(model, other, 0.7), grpo.completion_logprobs(model, rows, 0.7), strict=True
+        ):
+            assert torch.equal(found, expected)
+            assert (expected[~rows.completion_mask] == 0).all()
 
 
 def test_temperature_divides_the_logits_in_scoring():
-    model, batch = make_model("llama"), make_batch()
+    model, batch = make_model("llama"), packed(grpo)
     with torch.no_grad():
-        scored, _ = grpo.completion_logprobs(model, *batch, temperature=2.5)
-        torch.testing.assert_close(scored, one_by_one(model, *batch, 2.5), atol=1e-10, rtol=0)
-        assert (scored - one_by_one(model, *batch, 1.0)).abs().max() > 0.1
+        scored, _ = grpo.completion_logprobs(model, batch, temperature=2.5)
+        torch.testing.assert_close(scored, one_by_one(model, batch, 2.5), atol=1e-10, rtol=0)
+        assert (scored - one_by_one(model, batch, 1.0)).abs().max() > 0.1
 
 
-def test_entropy_is_that_of_the_distribution_and_trains_only_when_asked():
-    model, batch = make_model("llama"), make_batch(num_prompts=1, group_size=2)
-    prompt_ids, prompt_mask, _, completion_mask = batch
-    _, entropy = grpo.completion_logprobs(model, *batch, temperature=0.7)
-    assert not entropy.requires_grad
-    # Row 0, first token: the distribution after the prompt.
-    logp = (model(prompt_ids[prompt_mask][None]).logits[0, -1] / 0.7).log_softmax(-1)
-    torch.testing.assert_close(entropy[0, 0], -(logp.exp() * logp).sum())
-    assert (entropy[~completion_mask] == 0).all()
-    assert grpo.completion_logprobs(model, *batch, temperature=0.7, entropy_grad=True)[1].requires_grad
+def test_entropy_is_that_of_the_distribution():
+    model, batch = make_model("llama"), packed(grpo, num_prompts=1, group_size=2)
+    _, entropy = grpo.completion_logprobs(model, batch, temperature=0.7)
+    # The first token of the first completion: the distribution after the prompt.
+    logp = (model(batch.prompt_ids[batch.prompt_mask][None]).logits[0, -1] / 0.7).log_softmax(-1)
+    torch.testing.assert_close(entropy[0, 0, 0], -(logp.exp() * logp).sum())
+    assert (entropy[~batch.completion_mask] == 0).all()
 
 
-@pytest.mark.parametrize("pieces", [2, 10])
-def test_a_large_vocabulary_is_scored_in_pieces_with_the_same_numbers(monkeypatch, pieces):
-    """No piece has more logits than allowed, and only pieces are computed again for the backward pass."""
-    model, batch = make_model("llama"), make_batch()
-    num_logits, sizes, results = int(batch[3].sum()) * VOCAB, [], []
-
-    def output_logits(policy, hidden):
-        sizes.append(hidden.shape[0] * VOCAB)
-        return whole_logits(policy, hidden)
-
-    whole_logits = grpo.output_logits
-    monkeypatch.setattr(grpo, "output_logits", output_logits)
-    for at_once, passes in ((num_logits, 1), (math.ceil(num_logits / pieces), 2)):
-        monkeypatch.setitem(grpo.LOGITS_AT_ONCE, "cpu", at_once)
-        sizes.clear()
-        assert not grpo.completion_logprobs(model, *batch, temperature=0.7)[1].requires_grad
-        sizes.clear()
-        logprobs, entropy = grpo.completion_logprobs(model, *batch, temperature=0.7, entropy_grad=True)
-        gradient = torch.autograd.grad(logprobs.sum() + entropy.square().sum(), tuple(model.parameters()))
-        results.append((logprobs, entropy, *gradient))
-        assert sum(sizes) == passes * num_logits
-        assert max(sizes) < at_once + VOCAB
-    for whole, piecewise in zip(*results, strict=True):
-        torch.testing.assert_close(piecewise, whole, atol=1e-10, rtol=1e-10)
-
-
-def test_the_temperature_divides_in_float32_over_a_bfloat16_model():
-    model, batch = make_model("llama", torch.bfloat16), make_batch()
+def test_the_gradient_of_the_entropy_is_finite_where_a_probability_is_0():
+    model = make_model("llama", torch.float32)
+    model.lm_head.weight.data *= 400  # probabilities below the smallest number of float32
+    batch = packed(grpo)
+    _, entropy = grpo.completion_logprobs(model, batch, temperature=0.1)
+    entropy.sum().backward()
+    assert entropy.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     with torch.no_grad():
-        logits = grpo.output_logits(model, grpo.completion_hidden(model.base_model, *batch)).float()
+        inputs, before, _ = grpo.pack_rows(batch, torch.float32)
+        logits = model(**inputs, logits_to_keep=before).logits / 0.1
+        assert (logits.softmax(-1) == 0).any(), "no probability is 0: this shows nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_temperature_divides_and_the_log_softmax_is_taken_in_float32(dtype):
+    model, batch = make_model("llama", dtype), packed(grpo)
+    with torch.no_grad():
+        inputs, before, is_token = grpo.pack_rows(batch, dtype)
+        logits = model(**inputs, logits_to_keep=before).logits[is_token].float()
         for temperature in (0.7, 1.0, 2.0):
-            expected = (logits / temperature).log_softmax(-1).gather(1, batch[2][batch[3]][:, None])[:, 0]
-            found, _ = grpo.completion_logprobs(model, *batch, temperature=temperature)
-            torch.testing.assert_close(found[batch[3]], expected, atol=1e-5, rtol=0)
+            tokens = batch.completion_ids[batch.completion_mask]
+            expected = (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            found, entropy = grpo.completion_logprobs(model, batch, temperature)
+            assert found.dtype == entropy.dtype == torch.float32
+            torch.testing.assert_close(found[batch.completion_mask], expected, atol=1e-5, rtol=0)
 
 
-def test_the_mask_of_a_shared_row_has_the_dtype_of_the_computation():
-    model, batch, found = make_model("llama", torch.float32), make_batch(), []
-    note = lambda _, __, options: found.append(options["attention_mask"].dtype)
-    model.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    grpo.completion_logprobs(model, *batch, temperature=1.0)
+def test_the_mask_of_a_shared_row_has_the_dtype_of_the_computation_and_a_row_alone_has_none():
+    model, batch, found = make_model("llama", torch.float32), packed(grpo), []
+    model.register_forward_pre_hook(lambda _, __, inputs: found.append(inputs), with_kwargs=True)
+    grpo.completion_logprobs(model, batch, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        grpo.completion_logprobs(model, *batch, temperature=1.0)
-    assert found == [torch.float32, torch.bfloat16]
+        grpo.completion_logprobs(model, batch, 1.0)
+    assert [inputs["attention_mask"].dtype for inputs in found] == [torch.float32, torch.bfloat16]
+    grpo.completion_logprobs(model, batch.repack(1), 1.0)
+    assert found[2].keys() == {"input_ids", "use_cache", "logits_to_keep"}
 
 
-def test_the_model_runs_once_on_rows_of_the_longest_length_and_keeps_no_cache():
-    """A prompt is paid for once; padding only up to the longest row; keys and values would fill the memory."""
-    model, batch, outputs = make_model("llama"), make_batch(), []
-    model.base_model.register_forward_hook(lambda _, arguments, output: outputs.append((arguments[0].shape, output)))
-    for rows in (batch, plain(*batch)):
-        grpo.completion_logprobs(model, *rows, temperature=1.0)
+def test_the_model_runs_once_on_rows_of_the_longest_length_and_computes_logits_of_completions_only():
+    model, batch, outputs = make_model("llama"), packed(grpo), []
+    model.register_forward_hook(
+        lambda _, __, inputs, output: outputs.append((inputs["input_ids"].shape, output)), with_kwargs=True
+    )
+    for rows in (batch, batch.repack(1)):
+        grpo.completion_logprobs(model, rows, 1.0)
         shape, output = outputs.pop()
         assert not outputs
         assert output.past_key_values is None
-        num_rows = len(rows[0])
-        longest = (rows[1].sum(1) + rows[3].view(num_rows, -1).sum(1)).max()
-        assert shape == (num_rows, longest)
+        lengths = rows.completion_mask.sum((1, 2))
+        assert shape == (len(lengths), (rows.prompt_mask.sum(1) + lengths).max())
+        assert output.logits.shape == (len(lengths), lengths.max(), VOCAB)
 
 
 def test_every_tensor_is_made_on_the_device_of_the_inputs():
     """With another default device, where nothing can be computed, the numbers are the same."""
-    model, batch = make_model("llama"), make_batch()
-    for rows in (batch, plain(*batch)):
-        expected = grpo.completion_logprobs(model, *rows, temperature=0.7)
+    model, batch = make_model("llama"), packed(grpo)
+    for rows in (batch, batch.repack(1)):
+        expected = grpo.completion_logprobs(model, rows, 0.7)
         with torch.device("meta"):
-            found = grpo.completion_logprobs(model, *rows, temperature=0.7)
+            found = grpo.completion_logprobs(model, rows, 0.7)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_log_softmax_is_float32_over_a_bfloat16_model():
-    model, batch = make_model("llama", torch.bfloat16), make_batch()
-    logprobs, entropy = grpo.completion_logprobs(model, *batch, temperature=1.0)
-    assert logprobs.dtype == entropy.dtype == torch.float32
+# ----- Cutting the batch -----
 
 
-def test_micro_batches_hold_every_row_once_and_keep_to_the_budget():
-    _, prompt_mask, _, completion_mask = make_batch(num_prompts=12, group_size=6, width=9)
-    everything = torch.ones(12, dtype=torch.bool)
-    for k, budget, num_minibatches in ((6, 60, 3), (1, 25, 2), (6, 1, 1), (6, 10**6, 4), (2, 40, 3)):
-        generator = torch.Generator().manual_seed(0)
-        cut = grpo.split_batch(prompt_mask, completion_mask, everything, num_minibatches, budget, k, generator)
-        assert len(cut) == num_minibatches
-        assert sorted(i for minibatch in cut for _, rows in minibatch for i in rows.tolist()) == list(range(72))
-        for prompts, rows in (micro for minibatch in cut for micro in minibatch):
-            assert len(rows) == k * len(prompts)
-            assert torch.equal(rows.view(-1, k) // 6, prompts[:, None].expand(-1, k))
-            tokens = prompt_mask.sum(1)[prompts] + completion_mask.sum(1)[rows].view(-1, k).sum(1)
-            assert len(prompts) == 1 or len(prompts) * tokens.max() <= budget
+@pytest.mark.parametrize(("completions", "budget", "num_minibatches"), [
+    (6, 60, 3), (1, 25, 2), (6, 1, 1), (6, 10**6, 4), (2, 40, 3),
+])  # fmt: skip
+def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(monkeypatch, completions, budget, num_minibatches):
+    batch = packed(grpo, num_prompts=12, group_size=6, width=9).repack(completions)
+    lengths = batch.prompt_mask.sum(1) + batch.completion_mask.sum((1, 2))
+    # Once by --micro-batch-tokens, once by the logits that may be held.
+    for tokens, logits in ((budget, 10**9), (10**9, budget * VOCAB)):
+        monkeypatch.setitem(grpo.MAX_LOGITS, "cpu", logits)
+        args = SimpleNamespace(micro_batch_tokens=tokens, num_minibatches=num_minibatches)
+        minibatches = grpo.split_batch(batch, torch.ones(12, dtype=torch.bool), VOCAB, args)
+        assert [sorted(torch.cat(m).tolist()) for m in minibatches] == [
+            rows.tolist() for rows in torch.arange(len(lengths)).chunk(num_minibatches)
+        ]
+        for rows in (rows for minibatch in minibatches for rows in minibatch):
+            assert len(rows) == 1 or len(rows) * lengths[rows].max() <= budget
 
 
-def test_groups_that_teach_nothing_are_left_out_whole():
-    _, prompt_mask, _, completion_mask = make_batch(num_prompts=4, group_size=3)
-    teaches = torch.tensor([True, False, False, True])
-    cut = grpo.split_batch(prompt_mask, completion_mask, teaches, 2, 100, 3, torch.Generator().manual_seed(0))
-    assert sorted(i for minibatch in cut for _, rows in minibatch for i in rows.tolist()) == [0, 1, 2, 9, 10, 11]
+def test_prompts_without_a_signal_are_left_out_whole():
+    batch = packed(grpo, num_prompts=4, group_size=3).repack(1)
+    has_signal = torch.tensor([True, False, False, True])
+    for num_minibatches, expected in ((1, [[0, 1, 2, 9, 10, 11]]), (2, [[0, 1, 2], [9, 10, 11]])):
+        args = SimpleNamespace(micro_batch_tokens=20, num_minibatches=num_minibatches)
+        minibatches = grpo.split_batch(batch, has_signal, VOCAB, args)
+        assert [sorted(torch.cat(minibatch).tolist()) for minibatch in minibatches] == expected
+    assert grpo.split_batch(batch, ~(has_signal | True), VOCAB, args) == [(), ()]
 
 
 @pytest.mark.parametrize(
@@ -200,8 +199,20 @@ def test_groups_that_teach_nothing_are_left_out_whole():
     ],
 )  # fmt: skip
 def test_prompts_are_shared_as_often_as_is_fastest(group_size, prompt, completion, hidden_size, expected):
-    policy = make_model("llama")
-    policy.config.hidden_size = hidden_size
-    masks = [torch.ones(shape, dtype=torch.bool) for shape in ((2, prompt), (2 * group_size, completion))]
-    padded = [torch.cat([mask, torch.zeros_like(mask)], dim=1) for mask in masks]
-    assert grpo.completions_per_row(*masks, policy) == grpo.completions_per_row(*padded, policy) == expected
+    def batch(padding: int) -> grpo.Batch:
+        masks = [torch.ones(shape, dtype=torch.bool) for shape in ((2, prompt), (2, group_size, completion))]
+        prompts, completions = (torch.nn.functional.pad(mask, (0, padding)) for mask in masks)
+        return grpo.Batch(prompts.long(), prompts, completions.long(), completions, completions.float())
+
+    config = SimpleNamespace(hidden_size=hidden_size, get_text_config=lambda: config)
+    policy, problems = SimpleNamespace(config=config), [([0] * prompt, "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "sharing_is_exact", lambda *_: True)
+        longest = grpo.longest_shared_row(policy, problems, share_prompt=True)
+        config.sliding_window = prompt + 2 * completion - 1  # two completions do not fit
+        windowed = grpo.longest_shared_row(policy, problems, share_prompt=True)
+    for padding in (0, 5):
+        assert grpo.completions_per_row(batch(padding), longest, hidden_size) == expected
+        assert grpo.completions_per_row(batch(padding), windowed, hidden_size) == 1
+    assert grpo.longest_shared_row(policy, problems, share_prompt=False) == 0
+    assert grpo.completions_per_row(batch(0), 0, hidden_size) == 1

@@ -1,123 +1,124 @@
 # SPDX-License-Identifier: MIT
-"""Training end to end, in both scripts: real runs of a few steps, real processes, real signals."""
+"""Training end to end, in both scripts: the tiny model that comes with them, for a few steps."""
 
-import ctypes
 import dataclasses
-import functools
 import os
 import signal
-import subprocess
-import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import tyro
+from transformers import AutoTokenizer
 
 import grpo
 import ppo
+from running import MEASURED, curves, saved, weights
 
-ROOT = Path(__file__).parents[1]
-SMALL = dict(num_prompts=4, max_new_tokens=12, num_steps=3, eval_every=0, save_every=0)
+TINY = grpo.Args.model
+SMALL = dict(
+    data="data.jsonl", num_prompts=4, group_size=4, max_new_tokens=24, num_steps=3, eval_every=0, save_every=0,
+    device="cpu",
+)  # fmt: skip
 TAGS = {
     "reward/mean", "reward/std", "completion/length", "completion/truncated", "policy/kl", "policy/entropy",
-    "policy/ratio_max", "policy/clip_frac", "policy/grad_norm", "policy/loss", "time/sample", "time/update",
-    "time/tokens_per_second",
+    "policy/ratio_max", "policy/clip_frac", "policy/approx_kl", "policy/grad_norm", "policy/loss", "policy/skipped",
+    "policy/sampler_gap",
 }  # fmt: skip
 
 
 @pytest.fixture(params=[grpo, ppo], ids=["grpo", "ppo"])
-def script(request, monkeypatch, tmp_path, tiny_runs):
-    """One of the scripts, in a folder of its own with a tiny model that was pretrained for a moment."""
-    for module in (grpo, ppo):
-        monkeypatch.setattr(module, "TINY_STEPS", 60)
-        monkeypatch.setattr(module, "TINY_HELD_OUT", 64)
-        # After so short a pretraining no sum is ever right: a reward that differs between completions instead.
-        monkeypatch.setattr(module, "reward", lambda completion, answer: len(set(completion)) / 10)
-    # PPO's first steps train the value model only: these runs are shorter than that.
-    monkeypatch.setattr(ppo, "Args", functools.partial(ppo.Args, value_warmup_steps=0))
+def script(request, monkeypatch, tmp_path):
+    """One of the scripts, in a folder of its own with a few problems."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    for folder in tiny_runs.iterdir():
-        (tmp_path / "runs" / folder.name).symlink_to(folder)
+    lines = Path(grpo.Args.data).read_text().splitlines(keepends=True)[:40]
+    Path("data.jsonl").write_text("".join(lines))
     return request.param
 
 
-@pytest.fixture(scope="session")
-def tiny_runs(tmp_path_factory):
-    """A runs/ folder that holds the tiny model after 60 steps of pretraining, shared by all tests."""
-    folder = tmp_path_factory.mktemp("tiny")
-    code = "import grpo; grpo.TINY_STEPS, grpo.TINY_HELD_OUT = 60, 64; grpo.tiny_policy()"
-    subprocess.run([sys.executable, "-c", code], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-    return folder / "runs"
+def small(script, run_name: str, **args: object) -> grpo.Args | ppo.Args:
+    # PPO's first steps train the value model only: these runs are shorter than that.
+    return script.Args(run_name=run_name, **SMALL | (dict(value_warmup_steps=0) if script is ppo else {}) | args)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+def variety(completion: str, answer: str) -> float:
+    """A reward that differs between the completions of every group."""
+    return len(set(completion)) / 10 + len(completion) / 100
 
 
-def curves(run_name: str) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(f"runs/{run_name}")
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+def moved(before: dict, after: dict) -> bool:
+    return any(not torch.equal(before[name], value) for name, value in after.items())
 
 
 def test_a_run_leaves_a_trained_model_a_checkpoint_and_every_curve(script):
-    args = script.Args(run_name="a", **SMALL | dict(eval_every=2))
-    folder = script.train(args)
+    folder = script.train(small(script, "a", eval_every=2))
     assert folder == Path("runs/a/policy")
-    before, after = weights(script.tiny_policy()), weights(folder)
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert moved(weights(TINY), weights(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer("1+2=").input_ids) == "1+2="
-    assert [path.name for path in Path("runs/a").glob("step_*")] == ["step_000003"]
+    assert saved("a")["step"] == 3
     found = curves("a")
-    more = {"value/loss", "value/explained_variance"} if script is ppo else set()
-    assert found.keys() >= TAGS | more | {"eval/accuracy", "eval/sampled"}
-    assert [step for step, _ in found["reward/mean"]] == [1, 2, 3]
-    assert [step for step, _ in found["eval/accuracy"]] == [0, 2, 3]
-    assert not list(Path("runs/a").glob(".*"))
+    own = {"value/loss", "value/grad_norm", "value/skipped", "value/clip_frac", "value/explained_variance"}
+    own |= {"policy/beta", *(f"policy/{name}_epoch_{k}" for name in ("clip_frac", "approx_kl") for k in (1, 2))}
+    evaluation = {"eval/accuracy", "eval/sampled", "eval/length"}
+    assert found.keys() == TAGS | evaluation | (own if script is ppo else set())
+    for tag, points in found.items():
+        assert [step for step, _ in points] == ([0, 2, 3] if tag in evaluation else [0, 1, 2]), tag
+        assert torch.tensor([value for _, value in points]).isfinite().all(), tag
+
+
+def test_the_seconds_of_a_step_and_its_tokens_per_second_are_logged(script, monkeypatch):
+    logged, log = [], script.Run.log
+
+    def keep(run, metrics):
+        logged.append(run.times | {"length": metrics.get("completion/length")})
+        log(run, metrics)
+
+    monkeypatch.setattr(script.Run, "log", keep)
+    scalars = []
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", lambda _, *point: scalars.append(point))
+    script.train(small(script, "a", eval_every=2))
+    assert [set(times) - {"length"} == {"time/sample", "time/update"} for times in logged] == [
+        False, True, True, False, True, False]  # an evaluation has none
+    speeds = [value for tag, value, _ in scalars if tag == MEASURED[2]]
+    expected = [4 * 4 * t["length"] / (t["time/sample"] + t["time/update"]) for t in logged if "time/update" in t]
+    assert speeds == pytest.approx([float(x) for x in expected])
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(script):
-    folders = [script.train(script.Args(run_name=f"{i}", seed=seed, **SMALL)) for i, seed in enumerate((1, 1, 2))]
+    folders = [script.train(small(script, f"{i}", seed=seed)) for i, seed in enumerate((1, 1, 2))]
     first, again, other = map(weights, folders)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
-def test_a_resumed_run_ends_with_the_same_bits(script):
-    whole = script.train(script.Args(run_name="whole", **SMALL | dict(num_steps=4)))
-    script.train(script.Args(run_name="parts", **SMALL | dict(num_steps=2)))
-    time.sleep(1.1)  # TensorBoard orders the files of a run by the second in their names
-    parts = script.train(script.Args(run_name="parts", resume="auto", **SMALL | dict(num_steps=4)))
-    first, second = weights(whole), weights(parts)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    whole_curves, parts_curves = curves("whole"), curves("parts")
-    for tag in TAGS - {"time/sample", "time/update", "time/tokens_per_second"}:
-        assert whole_curves[tag] == parts_curves[tag]
+    assert not moved(first, again)
+    assert moved(first, other)
+    assert curves("0") == curves("1") != curves("2")
 
 
 def test_the_first_ratio_is_exactly_1_and_the_first_kl_exactly_0(script):
     # Pitfall 8, Property 5: old and new log-probabilities come from the same forward on the same shapes.
-    single = dict(update_epochs=1, num_minibatches=1)
-    script.train(script.Args(run_name="a", **SMALL | dict(num_steps=1) | single))
-    found = curves("a")
-    assert found["policy/ratio_max"] == [(1, 1.0)]
-    assert found["policy/kl"] == [(1, 0.0)]
-    assert found["policy/clip_frac"] == [(1, 0.0)]
-    assert found["policy/approx_kl"] == [(1, 0.0)]
+    for name, options in (("one", dict(update_epochs=1, num_minibatches=1)), ("two", dict(num_minibatches=2))):
+        # One update, or updates so small that the policy stays where it is.
+        rate = {} if name == "one" else dict(learning_rate=1e-12)
+        script.train(small(script, name, micro_batch_tokens=60, num_steps=1, **options | rate))
+        found = curves(name)
+        exact = dict(ratio_max=1.0, clip_frac=0.0, approx_kl=0.0, kl=0.0)
+        for tag, value in exact.items() if name == "one" else [("clip_frac", 0.0)]:
+            assert found[f"policy/{tag}"] == [(0, value)]
+        assert found["policy/ratio_max"][0][1] == pytest.approx(1.0, abs=1e-6)
+        assert 0 < found["policy/sampler_gap"][0][1] < 1e-5
 
 
-def test_the_step_does_not_depend_on_micro_batches_or_on_sharing_the_prompt(script):
+def test_the_step_does_not_depend_on_micro_batches_or_on_sharing_the_prompt(script, monkeypatch):
+    monkeypatch.setattr(script, "reward", variety)
     alone = dict(share_prompt=False)
-    options = [{}, dict(micro_batch_tokens=40), alone, dict(micro_batch_tokens=1) | alone]
-    common = SMALL | dict(num_steps=1, group_size=3, update_epochs=1, num_minibatches=1)
-    results = [weights(script.train(script.Args(run_name=f"{i}", **common | o))) for i, o in enumerate(options)]
-    before = weights(script.tiny_policy())
-    for result in results[1:]:
+    options = [{}, dict(micro_batch_tokens=60), alone, dict(micro_batch_tokens=1) | alone]
+    common = dict(num_steps=1, update_epochs=1, num_minibatches=1)
+    options.append(dict(gradient_checkpointing=True))
+    results = [weights(script.train(small(script, f"{i}", **common | o))) for i, o in enumerate(options)]
+    before = weights(TINY)
+    for i, result in enumerate(results[1:], start=1):
+        for tag, points in curves("0").items():
+            assert curves(f"{i}")[tag][0][1] == pytest.approx(points[0][1], rel=1e-4, abs=1e-5), tag
         for name, value in result.items():
             change, expected = value - before[name], results[0][name] - before[name]
             # AdamW's first step is the sign of the gradient: entries that are 0 but for rounding may differ.
@@ -131,102 +132,119 @@ GRPO_CHOICES = [
     dict(ratio_level="sequence", clip_eps=3e-4, clip_eps_high=4e-4, update_epochs=2, num_minibatches=2),  # GSPO
     dict(kl_importance_weight=True, update_epochs=2, ref_refresh_every=1),
     dict(advantage_scale="batch"),
-    dict(process_supervision=True),
 ]
 PPO_CHOICES = [
-    dict(group_size=4, adaptive_kl_target=0.1, entropy_coef=0.01, whiten_rewards=True),
+    dict(adaptive_kl_target=0.1, entropy_coef=0.01, whiten_rewards=True),
     dict(penalty_kl_target=0.01, kl_placement="loss", kl_estimator="k2", update_epochs=3),
     dict(early_stop_kl=1e-9, value_warmup_steps=1, beta=0.0, whiten_advantages=False, loss_average="token"),
 ]
+CHOICES = [*((grpo, choices) for choices in GRPO_CHOICES), *((ppo, choices) for choices in PPO_CHOICES)]
 
 
-@pytest.mark.parametrize("choices", GRPO_CHOICES, ids=lambda choices: next(iter(choices)))
-def test_every_choice_of_grpo_trains(script, choices):
-    if script is grpo:
-        folder = grpo.train(grpo.Args(run_name="a", **SMALL | choices))
-        assert all(value.isfinite().all() for value in weights(folder).values())
+@pytest.mark.parametrize(
+    ("script", "choices"), CHOICES, indirect=["script"], ids=lambda x: getattr(x, "__name__", None) or next(iter(x))
+)
+def test_every_choice_trains_and_makes_a_difference(script, choices, monkeypatch):
+    monkeypatch.setattr(script, "reward", variety)
+    plain, chosen = (script.train(small(script, n, **c)) for n, c in (("a", {}), ("b", choices)))
+    assert all(value.isfinite().all() for value in weights(chosen).values())
+    assert moved(weights(TINY), weights(chosen))
+    assert moved(weights(plain), weights(chosen))
 
 
-@pytest.mark.parametrize("choices", PPO_CHOICES, ids=lambda choices: next(iter(choices)))
-def test_every_choice_of_ppo_trains(script, choices):
-    if script is ppo:
-        folder = ppo.train(ppo.Args(run_name="a", **SMALL | choices))
-        assert all(value.isfinite().all() for value in weights(folder).values())
+@pytest.mark.parametrize("script", [grpo], indirect=True)
+def test_groups_of_equal_rewards_move_nothing_without_a_kl(script, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", lambda completion, answer: 0.5)
+    assert not moved(weights(TINY), weights(grpo.train(small(grpo, "a", beta=0.0))))
+    grpo.train(small(grpo, "b", beta=0.5))  # they are computed for their KL
+    assert curves("b").keys() - curves("a").keys() >= {"policy/entropy", "policy/sampler_gap"}
 
 
-def test_groups_of_equal_rewards_are_left_out_only_where_that_is_exact(script, monkeypatch):
-    # All rewards equal: without a KL nothing moves, with one the policy may.
-    if script is grpo:
-        monkeypatch.setattr(grpo, "reward", lambda completion, answer: 0.5)
-        before = weights(grpo.tiny_policy())
-        still = weights(grpo.train(grpo.Args(run_name="a", beta=0.0, **SMALL)))
-        assert all(torch.equal(before[name], still[name]) for name in before)
-
-
+@pytest.mark.parametrize("script", [grpo], indirect=True)
 def test_a_batch_whose_every_completion_is_left_out_moves_nothing_and_has_finite_curves(script):
     # DAPO's overlong filtering, where no completion ends within its one token.
-    if script is grpo:
-        before, args = weights(grpo.tiny_policy()), SMALL | dict(max_new_tokens=1, mask_truncated=True)
-        after = weights(grpo.train(grpo.Args(run_name="a", **args)))
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        found = curves("a")
-        assert found["completion/truncated"] == [(1, 1.0), (2, 1.0), (3, 1.0)]
-        assert all(torch.tensor(value).isfinite() for points in found.values() for _, value in points)
+    after = weights(grpo.train(small(grpo, "a", max_new_tokens=1, mask_truncated=True)))
+    assert not moved(weights(TINY), after)
+    found = curves("a")
+    assert found["completion/truncated"] == [(0, 1.0), (1, 1.0), (2, 1.0)]
+    assert all(torch.tensor(value).isfinite() for points in found.values() for _, value in points)
+
+
+@pytest.mark.parametrize("script", [grpo], indirect=True)
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_the_reference_becomes_the_policy_of_the_step_that_was_asked_for(script, every, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", variety)
+    policies, refresh = [], grpo.refresh_sampler
+
+    def keep(sampler, policy):
+        policies.append({name: value.clone() for name, value in policy.state_dict().items()})
+        refresh(sampler, policy)
+
+    monkeypatch.setattr(grpo, "refresh_sampler", keep)
+    grpo.train(small(grpo, "a", ref_refresh_every=every, num_steps=4))
+    reference = saved("a")["ref_policy"][0]
+    assert moved(policies[0], policies[2])
+    assert moved(policies[2], policies[3])
+    assert not moved(reference, policies[{0: 0, 1: 3, 2: 2}[every]])
+    zero_at = {0: [0], 1: [0, 1, 2, 3], 2: [0, 2]}[every]
+    assert [step for step, kl in curves("a")["policy/kl"] if kl < 1e-9] == zero_at
 
 
 def test_the_end_token_is_trained_when_pad_is_the_end_token(script, monkeypatch):
     # Pitfall 1. Reward short completions: the policy must learn to stop, and can only by its end token.
-    _, policy, _ = script.load_policy("tiny", torch.device("cpu"))
-    assert policy.config.pad_token_id == policy.config.eos_token_id
+    assert AutoTokenizer.from_pretrained(TINY).pad_token_id == AutoTokenizer.from_pretrained(TINY).eos_token_id
     monkeypatch.setattr(script, "reward", lambda completion, answer: -float(len(completion)))
-    common = dict(num_prompts=16, group_size=4, max_new_tokens=24, num_steps=12, eval_every=0, beta=0.0)
-    script.train(script.Args(run_name="a", **common))
+    script.train(small(script, "a", num_prompts=16, num_steps=12, beta=0.0, learning_rate=2e-3))
     lengths = [value for _, value in curves("a")["completion/length"]]
     assert sum(lengths[-3:]) < 0.7 * sum(lengths[:3])
 
 
-def test_help_shows_every_flag_with_its_default(script):
-    result = subprocess.run([sys.executable, ROOT / f"{script.__name__}.py", "--help"], capture_output=True, text=True)
-    assert result.returncode == 0
+def test_help_shows_every_flag_with_its_default(script, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        tyro.cli(script.Args, description=script.__doc__, args=["--help"])
+    said = capsys.readouterr().out
     for field in dataclasses.fields(script.Args()):
-        assert f"--{field.name.replace('_', '-')}" in result.stdout
-    assert "DeepSeekMath" in result.stdout
+        assert f"--{field.name.replace('_', '-')}" in said
+    assert "(default: 0.2)" in said
+    assert "DeepSeekMath" in said
+
+
+# ----- Stopping -----
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_leaves(script, number):
-    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), "--model", str(script.tiny_policy()), "--data", "d"]
-    flags = "--num-prompts 4 --max-new-tokens 12 --num-steps 100000 --eval-every 0 --save-every 0 --run-name a"
-    Path("d").write_text('{"prompt": "07+85=", "answer": "92"}\n{"prompt": "10+85=", "answer": "95"}\n' * 20)
-    with subprocess.Popen([*command, *flags.split()], stderr=subprocess.PIPE, text=True) as process:
-        while not list(Path("runs/a").glob("events*")):
-            time.sleep(0.1)
-        time.sleep(1)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert "--run-name a --resume auto" in said
-    assert "Traceback" not in said
-    assert len(list(Path("runs/a").glob("step_*"))) == 1
-    assert AutoModelForCausalLM.from_pretrained("runs/a/policy")
+def test_a_signal_finishes_the_step_saves_and_leaves(script, number, monkeypatch, capfd):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    calls = []
+
+    def signalling(completion: str, answer: str) -> float:
+        calls.append(completion)
+        if len(calls) == 16 + 3:  # in the second step
+            os.kill(os.getpid(), number)
+        return variety(completion, answer)
+
+    monkeypatch.setattr(script, "reward", signalling)
+    assert script.main(small(script, "a", num_steps=100)) == 0
+    said = capfd.readouterr().err
+    assert "finishing this step, then saving; once more to leave at once" in said
+    assert "to resume: the same command with --run-name a --resume auto" in said
+    assert len(calls) == 32
+    assert saved("a")["step"] == 2
+    assert [step for step, _ in curves("a")["reward/mean"]] == [0, 1]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
-HELD = """
-import sys, torch
-sys.path.insert(0, {root!r})
-import grpo
-resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20  # MiB
-{call}
-before, tensors = resident(), [torch.ones(2**20) for _ in range(100)]  # 400 MiB
-del tensors
-print(resident() - before)
-"""
+def test_a_run_in_another_thread_needs_no_signal_handlers(script):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(script.main(small(script, "a"))))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert saved("a")["step"] == 3
 
 
-@pytest.mark.skipif(not GLIBC, reason="this is about glibc's malloc")
-@pytest.mark.parametrize(("call", "kept"), [("", False), ("grpo.keep_memory()", True)])
-def test_the_memory_of_a_step_stays_with_the_process_for_the_next(call, kept):
-    code = HELD.format(root=str(ROOT), call=call)
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert (float(said) > 300) == kept
+def test_stop_ends_a_run_after_the_step_under_way(script, monkeypatch):
+    stop = threading.Event()
+    monkeypatch.setattr(script, "reward", lambda *texts: stop.set() or variety(*texts))
+    script.train(small(script, "a"), stop)
+    assert saved("a")["step"] == 1

@@ -19,7 +19,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import grpo
 import ppo
@@ -76,21 +76,29 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @functools.cache
-def loaded(script: ModuleType, folder: Path) -> tuple:
-    return script.load_policy(str(folder), torch.device("cpu"))
+def loaded(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 Variant = Callable[[pytest.MonkeyPatch, ModuleType], None]
 
 
-def updates(script: ModuleType, family: Path, options: dict, vary: Variant | None = None) -> tuple[list, list[Tensor]]:
-    """The completions of a run, in any order, and the gradient of each of its updates, all parameters in one tensor.
+def updates(
+    script: ModuleType, family: Path, options: dict, vary: Variant | None = None, step_size: float = STEP_SIZE
+) -> tuple[list, list[Tensor], list]:
+    """The completions of a run, in any order; the gradient of each of its updates, all parameters in one tensor; and
+    how they were computed: the ids of each pass of the update and, as None, each pass of one layer.
 
-    Two steps, so that the second one has a KL. gpt2 is float64 throughout; llama is float32, as in a real run."""
+    gpt2 is float64 throughout; llama is float32, as in a real run."""
     dtype = {"gpt2": torch.float64, "llama": torch.float32}[family.name]
-    completions, gradients = [], []
-    tokenizer, policy, _ = loaded(script, family)
-    policy = copy.deepcopy(policy).to(dtype)
+    completions, gradients, passes = [], [], []
+    policy = copy.deepcopy(loaded(family)).to(dtype)
+    policy.register_forward_pre_hook(  # in sampling the ids have no name
+        lambda _, __, inputs: passes.extend(inputs[name].tolist() for name in inputs if name == "input_ids"),
+        with_kwargs=True,
+    )
+    layer = next(module for name, module in policy.named_modules() if name.endswith("mlp"))
+    layer.register_forward_pre_hook(lambda *_: passes.append(None))
     eos_ids = torch.arange(0, len(CHARACTERS), 4)  # many, so that rows end at different times
 
     def reward(completion: str, answer: str) -> float:
@@ -102,34 +110,34 @@ def updates(script: ModuleType, family: Path, options: dict, vary: Variant | Non
         parameters = [p for p in model.parameters() if p.grad is not None]
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
         for p in parameters:
-            p.data -= STEP_SIZE * p.grad
+            p.data -= step_size * p.grad
             p.grad = None
         return gradients[-1].norm()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(family)
-        patch.setattr(script, "load_policy", lambda *_: (tokenizer, policy, eos_ids))
+        patch.setattr(script, "load_policy", lambda *_: (policy, eos_ids))
         patch.setattr(script, "reward", reward)
         patch.setattr(script, "optimizer_step", plain_gradient_descent)
-        patch.setattr(script, "sharing_is_exact", lambda *_: True)  # it is, and test_sampling.py asks
-        patch.setattr(script, "save_model", lambda *_: None)
-        patch.setattr(script, "SummaryWriter", Mock())
+        patch.setattr(script, "sharing_is_exact", lambda *_: True)  # it is, and test_scoring.py asks
+        patch.setattr(script.Run, "save", lambda _: None)
+        patch.setattr("torch.utils.tensorboard.SummaryWriter", Mock())
         patch.setattr(ppo, "ValueModel", ValueModelWithViews)
         if vary:
             vary(patch, script)
         more = dict(value_warmup_steps=0) if script is ppo else {}
         with default_dtype(dtype):
             script.train(script.Args(model=".", run_name=f"{next(RUNS)}", **COMMON | more | options))
-    return sorted(completions), gradients
+    return sorted(completions), gradients, passes
 
 
 # ----- What must change nothing -----
 
 
 def in_another_order(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-    """Prompts, and the completions of each, change places; what each samples stays its own."""
+    """The prompts of each minibatch, and the completions of each prompt, change places; each samples what it did."""
     next_problems, generate = script.next_problems, script.generate_completions
-    prompts, within = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 3, 0, 2])
+    prompts, within = torch.tensor([1, 0, 3, 2]), torch.tensor([1, 3, 0, 2])
 
     def shuffled_problems(*args):
         batch = next_problems(*args)
@@ -137,26 +145,30 @@ def in_another_order(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
 
     def shuffled_completions(policy, prompt_ids, prompt_mask, *args):
         back = prompts.argsort()
-        rows = (4 * prompts[:, None] + within).flatten()
-        return tuple(x[rows] for x in generate(policy, prompt_ids[back], prompt_mask[back], *args))
+        return tuple(x[prompts][:, within] for x in generate(policy, prompt_ids[back], prompt_mask[back], *args))
 
     patch.setattr(script, "next_problems", shuffled_problems)
     patch.setattr(script, "generate_completions", shuffled_completions)
 
 
+def in_packed_rows_of_two(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    patch.setattr(script, "completions_per_row", lambda *_: 2)
+
+
 def in_other_micro_batch_rows(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-    """The last micro-batch first, its last row first, and the last completion of a row first."""
+    """The last micro-batch first, and its last row first."""
+    in_packed_rows_of_two(patch, script)
     split_batch = script.split_batch
 
     def backwards(*args):
-        cut = split_batch(*args)
-        return [[(prompts.flip(0), rows.flip(0)) for prompts, rows in reversed(minibatch)] for minibatch in cut]
+        return [[rows.flip(0) for rows in reversed(minibatch)] for minibatch in split_batch(*args)]
 
     patch.setattr(script, "split_batch", backwards)
 
 
 def with_more_padding(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-    """Columns of other tokens, left of the prompts and right of the completions, and in the padding that was there."""
+    """Columns of other tokens left of the prompts, and of end tokens right of the completions; the same in the padding
+    that was there."""
     pad_prompts, generate = script.pad_prompts, script.generate_completions
 
     def wider_prompts(*args):
@@ -165,31 +177,24 @@ def with_more_padding(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
 
     def wider_completions(*args):
         ids, mask, logprobs = (nn.functional.pad(x, (0, PADDING)) for x in generate(*args))
-        return ids.where(mask, 7), mask, logprobs.where(mask, torch.nan)
+        return ids.where(mask, 8), mask, logprobs.where(mask, torch.nan)
 
     patch.setattr(script, "pad_prompts", wider_prompts)
     patch.setattr(script, "generate_completions", wider_completions)
 
 
-def in_packed_rows_of_two(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-    patch.setattr(script, "completions_per_row", lambda *_: 2)
-
-
-def in_pieces_of_three_tokens(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-    patch.setattr(script, "LOGITS_AT_ONCE", {"cpu": 3 * len(CHARACTERS)})
+def with_few_logits_at_once(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    patch.setitem(script.MAX_LOGITS, "cpu", 30 * len(CHARACTERS))
 
 
 # Flags that must change no gradient, and what is done to the functions of a script.
 VARIANTS: dict[str, tuple[dict, Variant | None]] = {
     "one row at a time": (dict(micro_batch_tokens=1), None),
-    "small micro-batches": (dict(micro_batch_tokens=60), None),
+    "small micro-batches": (dict(micro_batch_tokens=60), in_packed_rows_of_two),
     "other micro-batch rows": (dict(micro_batch_tokens=60), in_other_micro_batch_rows),
     "more padding": ({}, with_more_padding),
-    "pieces": ({}, in_pieces_of_three_tokens),
+    "few logits at once": ({}, with_few_logits_at_once),
     "gradient checkpointing": (dict(gradient_checkpointing=True), None),
-}
-# These also change at random which completions make up a minibatch: they are the same only if there is one.
-OF_ONE_MINIBATCH: dict[str, tuple[dict, Variant | None]] = {
     "another order": ({}, in_another_order),
     "packed rows of two": ({}, in_packed_rows_of_two),
     "a prompt for every completion": (dict(share_prompt=False), None),
@@ -210,18 +215,17 @@ CHOICES = {  # whatever else takes a mean over the batch or over a completion
         gae_lambda=0.5,
     ),
 }  # fmt: skip
-CASES = [("gpt2", setting, variant) for setting in SETTINGS for variant in VARIANTS | OF_ONE_MINIBATCH]
-CASES = [case for case in CASES if case[1] != "two minibatches" or case[2] in VARIANTS]
-CASES += [("llama", "sequence, two epochs", variant) for variant in VARIANTS | OF_ONE_MINIBATCH]  # float64 says more
+CASES = [("gpt2", setting, variant) for setting in SETTINGS for variant in VARIANTS]
+CASES += [("llama", "sequence, two epochs", variant) for variant in VARIANTS]  # float64 says more
 
 
 @functools.cache
-def plain_updates(script: ModuleType, family: Path, setting: str) -> tuple[list, list[Tensor]]:
+def plain_updates(script: ModuleType, family: Path, setting: str) -> tuple[list, list[Tensor], list]:
     return updates(script, family, options_of(script, setting))
 
 
 def options_of(script: ModuleType, setting: str) -> dict:
-    """With one micro-batch for every minibatch: the plainest way."""
+    """With one micro-batch for every minibatch, of rows of all completions of a prompt: the plainest way."""
     choices = CHOICES[script] if setting == "other choices" else {}
     plain = dict(micro_batch_tokens=10**6, num_steps=1, update_epochs=1, num_minibatches=1)
     return plain | SETTINGS[setting] | choices
@@ -231,10 +235,11 @@ def options_of(script: ModuleType, setting: str) -> dict:
 @pytest.mark.parametrize(("family", "setting", "variant"), CASES, indirect=["family"])
 def test_the_gradient_of_the_update_does_not_depend_on_how_the_batch_is_computed(script, family, setting, variant):
     """Property 42, in float64 to 1e-10, and in float32 to 1e-4, relative to the gradient of each update."""
-    options, vary = (VARIANTS | OF_ONE_MINIBATCH)[variant]
-    expected_completions, expected = plain_updates(script, family, setting)
-    completions, gradients = updates(script, family, options_of(script, setting) | options, vary)
+    options, vary = VARIANTS[variant]
+    expected_completions, expected, plain_passes = plain_updates(script, family, setting)
+    completions, gradients, passes = updates(script, family, options_of(script, setting) | options, vary)
     assert completions == expected_completions
+    assert passes != plain_passes or variant == "more padding"  # tokens are the same, once the gaps are closed
     for found, gradient in zip(gradients, expected, strict=True):
         assert (found - gradient).norm() <= (1e-10 if family.name == "gpt2" else 1e-4) * gradient.norm()
 
@@ -244,13 +249,30 @@ def test_the_gradient_of_the_update_does_not_depend_on_how_the_batch_is_computed
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_gradients_that_are_compared_are_not_all_the_same(script, family, setting):
     """Of 16 completions of several lengths a step; no gradient is 0, and the second update is not the first again."""
-    completions, gradients = plain_updates(script, family, setting)
+    completions, gradients, passes = plain_updates(script, family, setting)
     assert len(completions) == 16 * options_of(script, setting)["num_steps"]
     assert len({len(text) for text, _ in completions}) > 3
+    # Plainly computed: all four completions of a prompt in one row, all rows of a minibatch in one pass.
+    assert {len(ids) for ids in passes if ids} == {4 // options_of(script, setting)["num_minibatches"]}
     assert len(gradients) == 2 * (2 if script is ppo else 1)
     assert all(gradient.norm() > 1e-3 for gradient in gradients)
     for first, second in itertools.combinations(gradients, 2):
         assert first.shape != second.shape or (first - second).norm() > 1e-2 * first.norm()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("average", AVERAGES)
+def test_the_gradients_of_the_minibatches_have_the_gradient_of_the_batch_as_their_mean(script, family, average):
+    """With steps of length 0, between which the ratio stays 1."""
+    options = options_of(script, average) | dict(num_steps=1)
+    _, expected, _ = updates(script, family, options)
+    _, found, _ = updates(script, family, options | dict(num_minibatches=2), step_size=0.0)
+    models = len(expected)  # ppo has the value model's before the policy's
+    for i, gradient in enumerate(expected):
+        first, second = found[i::models]
+        assert (first - second).norm() > 0.1 * gradient.norm()
+        assert ((first + second) / 2 - gradient).norm() <= 1e-10 * gradient.norm()
 
 
 @pytest.mark.parametrize("family", ["gpt2"], indirect=True)
@@ -266,13 +288,13 @@ def test_groups_that_teach_nothing_are_left_out_with_the_gradient_of_all_groups(
         some_equal(patch, script)
         split_batch = script.split_batch
 
-        def all_groups(prompt_mask, completion_mask, teaches, *args):
-            left_out.append((~teaches).sum())
-            return split_batch(prompt_mask, completion_mask, torch.ones_like(teaches), *args)
+        def all_groups(batch, has_signal, *args):
+            left_out.append((~has_signal).sum())
+            return split_batch(batch, torch.ones_like(has_signal), *args)
 
         patch.setattr(script, "split_batch", all_groups)
 
-    (_, found), (_, expected) = (updates(grpo, family, options, vary) for vary in (some_equal, all_computed))
+    (_, found, _), (_, expected, _) = (updates(grpo, family, options, vary) for vary in (some_equal, all_computed))
     assert left_out[0] > 0
     for gradient, of_all in zip(found, expected, strict=True):
         assert (gradient - of_all).norm() <= 1e-10 * of_all.norm()
@@ -288,7 +310,8 @@ def sample(script, policy, temperature, share_prompt, group_size=4, max_new_toke
     prompts = script.pad_prompts(IDS, torch.device("cpu"))
     uniforms = (len(IDS), group_size, max_new_tokens)
     uniforms = torch.rand(uniforms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return prompts, script.generate_completions(policy, *prompts, uniforms, temperature, ENDS, share_prompt)
+    sampled = script.generate_completions(policy, *prompts, uniforms, temperature, ENDS, share_prompt)
+    return script.Batch(*prompts, *sampled).repack(group_size if share_prompt else 1)
 
 
 @SCRIPTS
@@ -300,21 +323,22 @@ def test_before_the_first_update_the_ratio_is_1_and_the_kl_is_0(script, name, te
     from those that `train` scores, exactly."""
     policy = make_model(name, torch.float32, **SHARING[name])
     ref_policy = copy.deepcopy(policy)
-    prompts, (ids, mask, sampled) = sample(script, policy, temperature, share_prompt)
-    ended = torch.isin(ids, ENDS) & mask
+    batch = sample(script, policy, temperature, share_prompt)
+    mask, sampled = batch.completion_mask, batch.sampler_logprobs
+    ended = torch.isin(batch.completion_ids, ENDS) & mask
     assert ended.sum() > 3
-    assert len(set(mask.sum(1).tolist())) > 1
-    rows = prompts if share_prompt else [x.repeat_interleave(4, 0) for x in prompts]
+    assert len(set(mask.sum(-1).flatten().tolist())) > 1
 
     def score(model: nn.Module) -> Tensor:
-        return script.completion_logprobs(model, *rows, ids, mask, temperature or 1.0)[0]
+        return script.completion_logprobs(model, batch, temperature or 1.0)[0]
 
     logprobs, old_logprobs, ref_logprobs = score(policy), score(policy).detach(), score(ref_policy).detach()
     torch.testing.assert_close(logprobs.detach(), sampled, atol=3e-5, rtol=0)
     assert (logprobs[ended] < 0).all()  # pitfall 1: the end token counts
     for estimator in ("k1", "k2", "k3"):
         assert kl_estimate(logprobs, ref_logprobs, estimator).eq(0).all()
-    weights, advantages = script.loss_weights(mask, "sequence", 10), torch.randn(len(ids), 1).expand(ids.shape)
+    weights = script.loss_weights(mask, "sequence", 10)
+    advantages = torch.randn(mask.shape[:2])[..., None].expand_as(mask)
     for old, tolerance in ((old_logprobs, 0.0), (sampled, 1e-4)):
         if script is grpo:
             _, curves = grpo.grpo_loss(logprobs, old, ref_logprobs, advantages, mask, weights)

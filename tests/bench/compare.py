@@ -7,7 +7,7 @@
         --case 8x8x256-kl-bf16
 
 tests/prepare_smollm2.py makes the folder smollm2. A case is named BxGxT: B prompts, G completions each, T new tokens.
-"tiny-": the tiny model of grpo.py. "-kl": beta 0.04 and a reference policy, else beta 0. "-bf16": bfloat16 computation
+"tiny-": the model of tests/tiny. "-kl": beta 0.04 and a reference policy, else beta 0. "-bf16": bfloat16 computation
 over float32 weights, else float32. "-natural": completions may end by themselves, else all N x T tokens must be made.
 
 A case runs ours, TRL, ours, TRL ... each in a process of its own. Printed for each side, medians over its runs:
@@ -99,8 +99,8 @@ def prepare(job: dict, case: Case) -> dict:
     folder = Path("runs") / f"{job['shape']}-{Path(job['model'] or 'bytes').name}"
     if job["shape"] and not folder.exists():
         random_model(folder, SHAPES[job["shape"]], job["model"])
-    model = str(grpo.tiny_policy() if case.tiny else folder if job["shape"] else job["model"])
-    problems = grpo.tiny_problems() if case.tiny or not job["data"] else grpo.read_problems(job["data"])
+    model = str(grpo.TINY if case.tiny else folder if job["shape"] else job["model"])
+    problems = grpo.read_problems(grpo.Args.data if case.tiny or not job["data"] else job["data"])
     chosen = itertools.islice(itertools.cycle(problems), case.num_prompts * (job["steps"] + 1))
     prompts = [problem.prompt for problem in chosen]
     if AutoTokenizer.from_pretrained(model).chat_template:
@@ -129,12 +129,12 @@ def train_ours(job: dict, case: Case) -> dict:
     load, rewards = grpo.load_policy, itertools.count()
 
     def load_policy(*which):
-        tokenizer, policy, ends = load(*which)
-        return tokenizer, policy, ends if case.natural else torch.full_like(ends[:1], -1)
+        policy, ends = load(*which)
+        return policy, ends if case.natural else torch.full_like(ends[:1], -1)
 
     grpo.load_policy = load_policy
     grpo.reward = lambda completion, answer: float(next(rewards))
-    grpo.Run.finish = lambda run, *_: run.writer.close()
+    grpo.Run.save = lambda run: None
     before = peak_memory(job["device"])
     options = {name: getattr(case, name) for name in ("num_prompts", "group_size", "max_new_tokens", "beta", "dtype")}
     options |= {name: job[name] for name in ("model", "device", "micro_batch_tokens")}

@@ -46,7 +46,6 @@ VARIANTS = {  # name: command
     "RLOO": "grpo.py --advantage-baseline leave_one_out --advantage-scale none --loss-average constant "
     "--kl-placement reward --kl-estimator k1",
     "importance-weighted KL": "grpo.py --kl-importance-weight --update-epochs 2",
-    "process supervision": "grpo.py --process-supervision",
     "PPO": "ppo.py",
 }
 KL = "grpo.py --update-epochs 2 --beta 1"  # more than the default of 0.04, so that the placements can be told apart
@@ -116,18 +115,21 @@ def one_run(group: str, name: str, seed: int, steps: int) -> list[dict[str, str]
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped
     script, *words = f"{command} --seed {seed} --num-steps {steps} --device cpu --run-name {folder.name}".split()
     words += ["--eval-every", str(steps // 10 if group == "learning" else steps), "--save-every", "0"]
-    done = subprocess.run([sys.executable, ROOT / script, *words], cwd=WORK, capture_output=True, text=True)
-    if done.returncode or f"\n{steps} steps, " not in done.stderr:
-        sys.exit(f"{script} {' '.join(words)} failed or was stopped:\n{done.stderr[-2000:]}")
+    process = subprocess.run([sys.executable, ROOT / script, *words], cwd=WORK, capture_output=True, text=True)
+    if process.returncode or f"trained model after {steps} steps" not in process.stderr:
+        sys.exit(f"{script} {' '.join(words)} failed or was stopped:\n{process.stderr[-2000:]}")
     events = EventAccumulator(str(folder)).Reload()
     curve = lambda tag: {event.step: event.value for event in events.Scalars(tag)}
     found = {column: curve(tag) for column, (tag, *_) in COLUMNS.items() if tag}
     if re.search("--beta 0( |$)", command):
         found["kl"] = {}  # without a reference it is not measured
     sample, update = curve("time/sample"), curve("time/update")
-    found["seconds"] = dict(zip(sample, np.cumsum([*sample.values()]) + np.cumsum([*update.values()]), strict=True))
+    done = [step + 1 for step in sample]
+    found["seconds"] = dict(zip(done, np.cumsum([*sample.values()]) + np.cumsum([*update.values()]), strict=True))
     completions = 16 * 8 if group == "pretrained" else COMPLETIONS
-    found["completion_tokens"] = dict(zip(sample, completions * np.cumsum([*found["length"].values()]), strict=True))
+    found["completion_tokens"] = dict(zip(done, completions * np.cumsum([*found["length"].values()]), strict=True))
+    for column in ("reward", "length", "kl"):  # of the completions of a step, which the last evaluation comes after
+        found[column] |= {steps: found[column][steps - 1]} if found[column] else {}
     found["exact_kl"] = {steps: exact_kl(folder / "policy")} if group != "pretrained" else {}
     row = {"name": name, "seed": str(seed), "command": command}
     show = lambda x: "" if x is None else f"{float(f'{x:.4g}'):g}"
@@ -143,14 +145,16 @@ def exact_kl(folder: Path) -> float:
     import grpo
     import kl
 
-    args, cpu = grpo.complete_args(grpo.Args()), torch.device("cpu")
-    (_, policy, ends), (_, ref_policy, _) = grpo.load_policy(str(folder), cpu), grpo.load_policy("tiny", cpu)
-    prompts = grpo.pad_prompts([ids for ids, _ in grpo.load_problems(args)[1]], cpu)
+    args, cpu = grpo.check_args(grpo.Args()), torch.device("cpu")
+    tokenizer, _, held_out = grpo.load_problems(args)
+    (policy, ends), (ref_policy, _) = (grpo.load_policy(str(x), tokenizer, cpu) for x in (folder, grpo.TINY))
+    prompts = grpo.pad_prompts([ids for ids, _ in held_out], cpu)
     uniforms = torch.rand(len(prompts[0]), 1, args.max_new_tokens, dtype=torch.float64, generator=grpo.seed_step(0, 0))
-    completions = grpo.generate_completions(policy, *prompts, uniforms, args.temperature, ends)[:2]
+    batch = grpo.Batch(*prompts, *grpo.generate_completions(policy, *prompts, uniforms, args.temperature, ends))
+    inputs, before, is_token = grpo.pack_rows(batch, torch.float32)
     with torch.no_grad():
-        hidden = [grpo.completion_hidden(x.base_model, *prompts, *completions) for x in (policy, ref_policy)]
-        return kl.exact_kl(*map(grpo.output_logits, (policy, ref_policy), hidden)).mean().item()
+        logits = [model(**inputs, logits_to_keep=before).logits[is_token] for model in (policy, ref_policy)]
+        return kl.exact_kl(*logits).mean().item()
 
 
 def runs(args: argparse.Namespace) -> None:
@@ -171,8 +175,6 @@ def runs(args: argparse.Namespace) -> None:
     args.csv.mkdir(parents=True, exist_ok=True)
     os.chdir(WORK)
     grpo.transformers_logging.disable_progress_bar()
-    if {*args.only} != {"pretrained"}:
-        grpo.tiny_policy()  # once, before runs that would all do it
     sums(args)
 
     def keep(job: tuple[str, str, int]) -> None:

@@ -4,7 +4,7 @@
     python tests/bench/scaling.py scaling    seconds and peak memory against group size, length and width, each with the
                                              exponent of the power that fits, and how near they come to the floor
     python tests/bench/scaling.py memory     peak memory of the update at a vocabulary of 150,000: it grows with the
-                                             micro-batch, up to grpo.LOGITS_AT_ONCE, and not with N x T x V
+                                             micro-batch, up to grpo.MAX_LOGITS, and not with N x T x V
 
 The floor is the time of 2 (sampling) and 6 (update) operations per parameter and token, at the rate of a product of two
 2048 x 2048 matrices in the same process. A prompt, shared by its group, counts once, and without the output head.
@@ -42,9 +42,8 @@ def a_step(job: dict, case: compare.Case) -> dict:
     )  # fmt: skip
     Path("prompts").write_text((json.dumps({"prompt": PROMPT, "answer": "0"}) + "\n") * case.num_prompts)
     if job["update_only"]:  # sampling holds (N, V) numbers, which would hide what the update needs: random tokens
-        tokens = torch.randint(job["vocab"], (case.num_prompts * case.group_size, case.max_new_tokens))
+        tokens = torch.randint(job["vocab"], (case.num_prompts, case.group_size, case.max_new_tokens))
         grpo.generate_completions = lambda *_: (tokens, torch.ones_like(tokens, dtype=torch.bool), tokens * 0.0)
-        grpo.sharing_is_exact = lambda *_: True
     model = compare.random_model(Path("model"), shape, None)
     found = compare.train_ours(job | {"model": model, "prompts": "prompts"}, case)
     matrix, seconds = torch.randn(2048, 2048, dtype=getattr(torch, case.dtype), device=job["device"]), []
