@@ -395,6 +395,9 @@ def grpo_loss(
     Returns: the loss, a scalar, and the metrics ratio, clip_frac, kl and approx_kl, each (..., T) without gradient.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == completion_mask.shape == weights.shape
+    assert ref_logprobs is None or ref_logprobs.shape == logprobs.shape
+    if ratio_level not in ("token", "sequence"):
+        raise ValueError(f"ratio_level must be one of token, sequence, got {ratio_level!r}")
     # The padding is masked before exp: an overflow there would turn its zero gradient into NaN.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (..., T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (..., T)

@@ -282,7 +282,7 @@ def test_the_clipped_value_loss_lies_between_its_bounds(batch, value_clip_eps):
 
 
 def assert_nothing_is_clipped(batch: Estimates, value_clip_eps: float) -> None:
-    """Where |V - V_old| < eps: the loss is (V - R)^2 / 2, no clipping is reported, V = R has no gradient; exactly."""
+    """Where |V - V_old| < eps: exactly (V - R)^2 / 2, no clipping is reported, and V = R has no gradient."""
     values, old_values, returns, mask = batch
     inside = ((values - old_values).abs() < value_clip_eps - 1e-5) & mask
     _, clip_frac = value_loss(*batch, torch.ones_like(values), value_clip_eps)
