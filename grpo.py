@@ -349,7 +349,8 @@ def completion_logprobs(policy: nn.Module, batch: Batch, temperature: float) -> 
     logp = (logits.to(float32) / temperature).log_softmax(-1)                               # (R, K, V)
     tokens = torch.zeros_like(before).masked_scatter(is_token, batch.completion_ids[batch.completion_mask])  # (R, K)
     logprobs = logp.gather(2, tokens[..., None])[..., 0]                                    # (R, K)
-    entropy = -(logp.exp() * logp).sum(-1)                  # (R, K); p log p is 0 at p = 0, and so is its gradient
+    # p log p is 0 at p = 0, and so is its gradient; the clamp keeps it so where a model masks a token with -inf.
+    entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)           # (R, K)
     zeros = torch.zeros(batch.completion_ids.shape, dtype=logp.dtype, device=logp.device)
     return tuple(zeros.masked_scatter(batch.completion_mask, x[is_token]) for x in (logprobs, entropy))
 

@@ -35,7 +35,9 @@ NOT_SHARING = {
         num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
         linear_value_head_dim=8,
     ),
-    "falcon_h1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1),
+    "falcon_h1": dict(
+        mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, lm_head_multiplier=0.5,
+    ),
 }
 
 
@@ -61,8 +63,8 @@ def make_batch(seed: int = 0, num_prompts: int = 3, group_size: int = 4, width: 
     return prompt_ids, prompt_mask, completion_ids, completion_mask
 
 
-def packed(script, seed: int = 0, num_prompts: int = 3, group_size: int = 4, width: int = 7):
+def packed(script, num_prompts: int = 3, group_size: int = 4, width: int = 7, seed: int = 0):
     """The same as a `Batch` of the script: every prompt in a row with its completions."""
     prompt_ids, prompt_mask, *completions = make_batch(seed, num_prompts, group_size, width)
     ids, mask = (x.view(num_prompts, group_size, -1) for x in completions)
-    return script.Batch(prompt_ids, prompt_mask, ids, mask, torch.zeros(mask.shape))
+    return script.Batch(prompt_ids, prompt_mask, ids, mask, torch.zeros(mask.shape, dtype=torch.float64))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import grpo
-from families import NOT_SHARING, SHARING, VOCAB, make_batch, make_model
+from families import NOT_SHARING, SHARING, VOCAB, make_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [4, 3, 2], [12]]
 ENDS = torch.arange(0, VOCAB, 6)  # many end tokens: rows end at different times
@@ -178,4 +178,3 @@ def test_a_batch_of_ragged_prompts_is_padded_on_the_left_by_length():
     ids, mask = grpo.pad_prompts([[0, 1], [1, 1, 0]], torch.device("cpu"))
     assert ids.tolist() == [[0, 0, 1], [1, 1, 0]]
     assert mask.tolist() == [[False, True, True], [True, True, True]]
-    assert make_batch()[1].shape == (3, 5)

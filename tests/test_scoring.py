@@ -23,35 +23,45 @@ def one_by_one(model, batch, temperature):
     return logprobs
 
 
+def gradient(model, logprobs):
+    """Of a sum in which every token has a weight of its own."""
+    weights = torch.randn(logprobs.numel(), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    (logprobs.flatten() * weights).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
 @pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
 @pytest.mark.parametrize("family", SHARING)
-def test_however_many_completions_share_a_row_they_have_the_log_probabilities_of_completions_alone(family):
+def test_however_many_completions_share_a_row_numbers_and_gradients_are_those_of_completions_alone(family):
     model, batch = make_model(family, **SHARING[family]), packed(grpo)
-    # The eager attention of some families takes its softmax in float32.
-    tolerance = 1e-5 if family in ("gemma2", "gpt_neo", "hyperclovax", "gemma3_text") else 1e-10
-    with torch.no_grad():
-        alone = one_by_one(model, batch, 0.7)
-        for completions_per_row in (4, 2, 1):
-            rows = batch.repack(completions_per_row)
-            assert rows.completion_ids.shape == (12 // completions_per_row, completions_per_row, 7)
-            found, _ = grpo.completion_logprobs(model, rows, 0.7)
-            torch.testing.assert_close(found.view_as(alone), alone, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "granite"])
-def test_however_many_completions_share_a_row_the_gradient_is_the_same(family):
-    model, batch = make_model(family, **SHARING[family]), packed(grpo)
-    weights = torch.randn(batch.completion_ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    gradients = []
+    # These take the softmax of their attention in float32, and most norms compute in float32, whatever the weights are.
+    tolerance = 1e-5 if family in ("gemma2", "gpt_neo") else 1e-10
+    gradient_tolerance = 1e-12 if family in ("gpt2", "gpt_neox", "opt") else 1e-6
+    alone = one_by_one(model, batch, 0.7)
+    expected = gradient(model, alone)
     for completions_per_row in (4, 2, 1):
-        model.zero_grad()
         rows = batch.repack(completions_per_row)
-        (grpo.completion_logprobs(model, rows, 0.7)[0].view_as(weights) * weights).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    for gradient in gradients[:2]:
-        # gpt2 is float64 throughout; the norms of the others compute in float32, whatever the weights are.
-        error = (gradient - gradients[2]).norm() / gradients[2].norm()
-        assert error < (1e-12 if family == "gpt2" else 1e-6)
+        assert rows.completion_ids.shape == (12 // completions_per_row, completions_per_row, 7)
+        found, _ = grpo.completion_logprobs(model, rows, 0.7)
+        torch.testing.assert_close(found.view_as(alone), alone, atol=tolerance, rtol=0)
+        assert (gradient(model, found) - expected).norm() < gradient_tolerance * expected.norm()
+
+
+def test_completions_that_are_left_out_change_no_number_of_the_others():
+    """--mask-truncated empties completions, and whole rows and micro-batches of them."""
+    model, batch = make_model("gpt2", **SHARING["gpt2"]), packed(grpo)
+    expected, _ = grpo.completion_logprobs(model, batch, 0.7)
+    mask = batch.completion_mask.clone()
+    mask[1, 2], mask[2] = False, False
+    for rows in (torch.arange(3), torch.tensor([2])):
+        batch = packed(grpo)._replace(completion_mask=mask).rows(rows)
+        for completions_per_row in (4, 2, 1):
+            both = grpo.completion_logprobs(model, batch.repack(completions_per_row), 0.7)
+            torch.testing.assert_close(both[0].view_as(expected[rows]), expected[rows] * mask[rows])
+            model.zero_grad()
+            sum(both).sum().backward()
+            assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
@@ -216,3 +226,17 @@ def test_prompts_are_shared_as_often_as_is_fastest(group_size, prompt, completio
         assert grpo.completions_per_row(batch(padding), windowed, hidden_size) == 1
     assert grpo.longest_shared_row(policy, problems, share_prompt=False) == 0
     assert grpo.completions_per_row(batch(0), 0, hidden_size) == 1
+
+
+@pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_token_that_the_model_masks_out_has_no_part_in_the_entropy(masked):
+    """As some models do with the unused ids of a padded vocabulary. Neither the numbers nor the gradients are NaN."""
+    model, batch = make_model("llama", torch.float32), packed(grpo)
+    batch = batch._replace(completion_ids=batch.completion_ids.where(batch.completion_ids != 5, 6))
+    masking = lambda _, __, logits: logits.index_fill(-1, torch.tensor(5), masked)
+    model.lm_head.register_forward_hook(masking)
+    logprobs, entropy = grpo.completion_logprobs(model, batch, 0.7)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert entropy.isfinite().all()
+    assert (entropy[batch.completion_mask] > 0).all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
