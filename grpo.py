@@ -726,8 +726,8 @@ def evaluate(
 
 # ----- Cutting the batch into rows, minibatches and micro-batches; the optimizer step -----
 
-# Most logits in one pass of the update: in float32, 256 MB on a CPU and 1 GB on an accelerator.
-MAX_LOGITS = {"cpu": 2**26, "mps": 2**28, "cuda": 2**28}
+# Most logits in one pass of the update: in float32, 128 MB on a CPU and 1 GB on an accelerator.
+MAX_LOGITS = {"cpu": 2**25, "mps": 2**28, "cuda": 2**28}
 
 
 def longest_shared_row(policy: nn.Module, problems: list, share_prompt: bool) -> int:
