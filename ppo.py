@@ -414,7 +414,7 @@ def token_rewards(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: fl
     Args: rewards (...), one per completion; kl, completion_mask (..., T), kl as from `kl_estimate`.
     Returns: (..., T), 0 in the padding. A completion's token rewards sum to its reward less beta times its KL.
     """
-    assert rewards.shape == completion_mask.shape[:-1] and kl.shape == completion_mask.shape
+    assert (*rewards.shape, completion_mask.shape[-1]) == kl.shape == completion_mask.shape
     last = completion_mask & (completion_mask.sum(-1, keepdim=True) == completion_mask.cumsum(-1))  # one a completion
     return (rewards[..., None].where(last, 0.0) - beta * kl).where(completion_mask, 0.0).detach()   # (..., T)
 
