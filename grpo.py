@@ -601,6 +601,7 @@ def load_problems(args: Args) -> tuple[PreTrainedTokenizerBase, list[tuple], lis
         raise UserError(f"--model {args.model} is no model folder and no hub id in reach: {error}") from None
 
     def encode(problem: Problem) -> tuple[list[int], object]:
+        """(prompt ids, answer), if the prompt and its completion fit into the model."""
         ids = encode_prompt(tokenizer, problem.prompt)
         if not 0 < len(ids) <= most_tokens:
             raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this "
@@ -1146,6 +1147,7 @@ def main(args: Args) -> int:
     stop, handlers, code = threading.Event(), {}, 0
 
     def ask(number: int, _: object) -> None:
+        """What the first signal does: the next one acts as if there were no handler."""
         stop.set()
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)
