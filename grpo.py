@@ -297,27 +297,33 @@ def generate_completions(
 # ----- Log-probabilities: log pi(o_{i,t} | q, o_{i,<t}), for the ratio and for the KL -----
 
 
-def pack_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def pack_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """Put each prompt and its C completions into one row, [ q | o_1 | ... | o_C | padding ], so that the prompt is
     computed once. Every completion sees the prompt and itself, at the positions it would have alone.
 
     Returns:
         inputs: of the model, input_ids (R, L) and, where C > 1, position_ids (R, L) and attention_mask (R, 1, L, L).
         before: (R, K), for each completion token of a row, the place of the state s_t = (q, o_{<t}) that predicts it.
-        is_token: (R, K), bool, false in the padding of rows with fewer than K completion tokens.
+        tokens, is_token: (R, K), these tokens; is_token is false in the padding of rows with fewer than K of them.
     """
-    (num_rows, completions_per_row, width), device = batch.completion_ids.shape, batch.prompt_ids.device
-    lengths = batch.prompt_mask.sum(1, keepdim=True)                                        # (R, 1), |q|
-    segment = torch.arange(1, completions_per_row + 1, device=device).repeat_interleave(width)  # 0: q, c: o_c
-    segment = torch.cat([torch.zeros_like(batch.prompt_ids), segment.expand(num_rows, -1)], 1)  # (R, P + C T)
-    position = lengths + torch.arange(width, device=device).repeat(completions_per_row)     # (R, C T)
-    position = torch.cat([(batch.prompt_mask.cumsum(1) - 1).clamp(min=0), position], 1)     # (R, P + C T)
+    (_, completions_per_row, width), device = batch.completion_ids.shape, batch.prompt_ids.device
+    completion_mask = batch.completion_mask.flatten(1)                                      # (R, C T)
+    mask = torch.cat([batch.prompt_mask, completion_mask], 1)                               # (R, P + C T)
     ids = torch.cat([batch.prompt_ids, batch.completion_ids.flatten(1)], 1)                 # (R, P + C T)
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask.flatten(1)], 1)              # (R, P + C T)
+    segment = torch.arange(1, completions_per_row + 1, device=device).repeat_interleave(width)  # 0: q, c: o_c
+    segment = torch.cat([torch.zeros_like(batch.prompt_ids), segment.expand_as(completion_mask)], 1)  # (R, P + C T)
+    lengths = batch.prompt_mask.sum(1, keepdim=True)                                        # (R, 1), |q|
+    t = torch.arange(width, device=device).repeat(completions_per_row)                      # (C T,)
+    position = torch.cat([batch.prompt_mask.cumsum(1) - 1, lengths + t], 1)                 # (R, P + C T)
+    # A token is predicted one place before its own, the first token of each completion at the end of the prompt.
+    place = mask.cumsum(1)[:, -len(t) :] - 1                                                # (R, C T), in the row
+    before = torch.where(t == 0, lengths, place) - 1                                        # (R, C T)
 
-    # Close the gaps: tokens first, in their order, padding last. L is the longest row.
-    order = mask.logical_not().byte().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]  # (R, L)
-    ids, mask, segment, position = (x.gather(1, order) for x in (ids, mask, segment, position))
+    def compact(x: Tensor, mask: Tensor) -> Tensor:
+        """The tokens of each row side by side, padding last."""
+        return pad_sequence(x[mask].split(mask.sum(1).tolist()), batch_first=True)
+
+    ids, segment, position = (compact(x, mask) for x in (ids, segment, position))           # (R, L)
     inputs = {"input_ids": ids}  # alone in a row, a completion needs no more: the padding comes after it
     if completions_per_row > 1:
         visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (R, query L, key L)
@@ -326,15 +332,8 @@ def pack_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tens
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
         bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
         inputs |= {"position_ids": position, "attention_mask": bias}
-
-    # A token is predicted one place before its own, the first token of each completion at the end of the prompt.
-    place = torch.arange(ids.shape[1], device=device).expand_as(ids)                        # (R, L)
-    before = torch.where(position == lengths, lengths, place) - 1                           # (R, L)
-    # The completion tokens of a row stand together, behind its prompt.
-    counts = batch.completion_mask.sum((1, 2))[:, None]                                     # (R, 1)
-    nth = torch.arange(int(counts.max()), device=device)                                    # (K,)
-    before = before.gather(1, (lengths + nth).clamp(max=ids.shape[1] - 1))                  # (R, K)
-    return inputs, before.clamp(min=0), nth < counts
+    of_completions = before, batch.completion_ids.flatten(1), torch.ones_like(completion_mask)
+    return inputs, *(compact(x, completion_mask) for x in of_completions)
 
 
 def completion_logprobs(policy: nn.Module, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -342,15 +341,17 @@ def completion_logprobs(policy: nn.Module, batch: Batch, temperature: float) -> 
 
     Args: temperature: the one that sampled.
     """
-    inputs, before, is_token = pack_rows(batch, policy.dtype)
+    inputs, before, tokens, is_token = pack_rows(batch, policy.dtype)
     # Only the states that predict a completion token reach the output layer: no logits of prompts are computed.
     logits = policy(**inputs, use_cache=False, logits_to_keep=before).logits                # (R, K, V)
-    float32 = torch.promote_types(logits.dtype, torch.float32)  # at -6 nats, bfloat16 moves in steps of 0.03
-    logp = (logits.to(float32) / temperature).log_softmax(-1)                               # (R, K, V)
-    tokens = torch.zeros_like(before).masked_scatter(is_token, batch.completion_ids[batch.completion_mask])  # (R, K)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # at -6 nats, bfloat16 moves in steps of 0.03
+    logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # (R, K, V)
     logprobs = logp.gather(2, tokens[..., None])[..., 0]                                    # (R, K)
     # p log p is 0 at p = 0, and so is its gradient; the clamp keeps it so where a model masks a token with -inf.
-    entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)           # (R, K)
+    # In pieces that stay in the cache of a CPU.
+    pieces = logp.flatten(0, 1).split(max(1, 2**20 // logp.shape[2]))                       # of (R K, V)
+    entropy = -torch.cat([(x.exp() * x.clamp(min=torch.finfo(x.dtype).min)).sum(-1) for x in pieces])  # (R K,)
+    entropy = entropy.view_as(logprobs)                                                     # (R, K)
     zeros = torch.zeros(batch.completion_ids.shape, dtype=logp.dtype, device=logp.device)
     return tuple(zeros.masked_scatter(batch.completion_mask, x[is_token]) for x in (logprobs, entropy))
 
@@ -439,8 +440,8 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     tokenizer, problems, held_out = load_problems(args)
     policy, eos_ids = load_policy(args.model, tokenizer, device)
     ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta else None         # no KL, no reference
-    row_tokens = longest_shared_row(policy, problems, args.share_prompt)                    # 0: no prompt is shared
-    args, config = replace(args, dtype=choose_dtype(policy, args.dtype)), policy.config.get_text_config()
+    row_tokens = longest_shared_row(policy, problems, args)                                 # 0: no prompt is shared
+    args = replace(args, dtype=choose_dtype(policy, args.dtype))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     sampler = make_sampler(policy, args.dtype)
     shard(ref_policy)
@@ -486,8 +487,8 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         # Without a KL, a group of equal rewards has no signal: its advantages are 0 and so is its gradient.
         has_signal = (rewards.amax(1) > rewards.amin(1)) | (args.beta > 0)                  # (B,)
         # From here on in R rows of C completions, R C = B G. One update per minibatch, one pass per micro-batch.
-        batch = batch.repack(completions_per_row(batch, row_tokens, config.hidden_size))    # (R, C, T)
-        minibatches = split_batch(batch, has_signal, config.vocab_size, args)
+        batch = batch.repack(completions_per_row(batch, row_tokens))                         # (R, C, T)
+        minibatches = split_batch(batch, has_signal, policy.config.get_text_config().vocab_size, args)
         with torch.no_grad(), autocast:
             # Differs: pi_old is never the sampler's. With one update per step it is pi_theta itself, else it is
             # computed by the forward pass of the update, so that the first ratio is exactly 1.
@@ -549,29 +550,38 @@ class UserError(Exception):
     """A mistake of the user's: printed as one sentence, without a traceback."""
 
 
+@contextlib.contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Any error inside is a mistake in `what`, which the user gave."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"the field {error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{what}: {reason}") from None
+
+
 LEARNING_RATES = {"learning_rate": (5e-4, 1e-6)}  # of the tiny model, of others
-AT_LEAST_ZERO = ("beta", "ref_refresh_every", "seed", "save_every", "eval_every")  # all other numbers are positive
-AT_MOST_ONE = ("clip_eps",)
-MIN_GROUP_SIZE = 2  # a group of one has nothing to be compared with
+LEAST = {  # other numbers are positive; a group of one has nothing to be compared with
+    "group_size": 2, "beta": 0, "ref_refresh_every": 0, "seed": 0, "save_every": 0, "eval_every": 0
+}
+MOST = {"clip_eps": 1}
 
 
 def check_args(args: Args) -> Args:
     """Fill in what depends on other arguments, and refuse what cannot work."""
-    for name, rates in LEARNING_RATES.items():
-        if getattr(args, name) is None:
-            args = replace(args, **{name: rates[args.model != Args.model]})
+    rates = {name: pair[args.model != Args.model] for name, pair in LEARNING_RATES.items()}
+    args = replace(args, **{name: rate for name, rate in rates.items() if getattr(args, name) is None})
     if args.data != Args.data and args.eval_data == Args.eval_data:
         args = replace(args, eval_data="")  # that default belongs to the default --data
     for name, value in vars(args).items():
-        least, most = 0 if name in AT_LEAST_ZERO else math.ulp(0), 1 if name in AT_MOST_ONE else 2**31
+        least, most = LEAST.get(name, math.ulp(0)), MOST.get(name, 2**31)
         if type(value) in (int, float) and not least <= value <= most:
-            wanted = f"at most {most}" if value > most else "0 or more" if name in AT_LEAST_ZERO else "positive"
+            wanted = f"at most {most}" if value > most else f"at least {least}" if name in LEAST else "positive"
             raise UserError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
-    if args.group_size < MIN_GROUP_SIZE:
-        raise UserError(f"--group-size must be at least {MIN_GROUP_SIZE}, got {args.group_size}")
-    if args.run_name is not None and (args.run_name in ("", "..") or Path(args.run_name).name != args.run_name):
-        raise UserError(f"--run-name must be the name of a folder in runs/, got {args.run_name!r}")
-    if args.resume == "auto" and not args.run_name:
+    name = args.run_name
+    if name is not None and (name in ("", "..") or Path(name).name != name or not name.isprintable()):
+        raise UserError(f"--run-name must be the name of a folder in runs/, got {name!r}")
+    if args.resume == "auto" and not name:
         raise UserError("--resume auto needs the --run-name of the run to resume")
     return args
 
@@ -583,49 +593,37 @@ NO_CODE = {"trust_remote_code": False}  # code that comes with a model is not ru
 
 def load_problems(args: Args) -> tuple[PreTrainedTokenizerBase, list[tuple], list[tuple]]:
     """The tokenizer, the training problems and the held-out problems, each problem as (prompt ids, answer)."""
-    problems = read_problems(args.data)
+    with blaming(f"--model {args.model} is no model folder and no hub id in reach"):
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **NO_CODE)
+        config = AutoConfig.from_pretrained(args.model, **NO_CODE).get_text_config()
+        limits = config.vocab_size, (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
+    problems = read_problems(args.data, tokenizer, *limits)
     if args.eval_data:
-        held_out = read_problems(args.eval_data)
+        held_out = read_problems(args.eval_data, tokenizer, *limits)
     else:  # a tenth, drawn at random, always the same
         random.Random(0).shuffle(problems)
         number = min(256, len(problems) // 10 + 1)
         problems, held_out = problems[number:], problems[:number]
     if len(problems) < args.num_prompts:
         raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(problems)} training problems")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, **NO_CODE)
-        config = AutoConfig.from_pretrained(args.model, **NO_CODE).get_text_config()
-        most_tokens = (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
-        vocab_size = config.vocab_size
-    except Exception as error:  # anything that a folder without a language model can raise
-        raise UserError(f"--model {args.model} is no model folder and no hub id in reach: {error}") from None
-
-    def encode(problem: Problem) -> tuple[list[int], object]:
-        """(prompt ids, answer), if the prompt and its completion fit into the model."""
-        ids = encode_prompt(tokenizer, problem.prompt)
-        if not 0 < len(ids) <= most_tokens:
-            raise UserError(f"a prompt has {len(ids)} tokens; with --max-new-tokens {args.max_new_tokens} this "
-                            f"model's context takes 1 to {most_tokens}: {str(problem.prompt)[:80]!r}")
-        if max(ids) >= vocab_size:
-            raise UserError(f"--model {args.model}: its tokenizer has more tokens than the model, {vocab_size}")
-        return ids, problem.answer
-
-    return tokenizer, [*map(encode, problems)], [*map(encode, held_out)]
+    return tokenizer, problems, held_out
 
 
-def read_problems(path: str) -> list[Problem]:
-    """Read JSON lines; `read_problem` says what a line must hold."""
-    problems, place = [], path
-    try:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-            place = f"{path}, line {number}"
+def read_problems(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, most_tokens: float) -> list[tuple]:
+    """JSON lines as (prompt ids, answer); `read_problem` says what a line must hold."""
+    problems = []
+    with blaming(f"cannot read {path}"):
+        lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        with blaming(f"{path}, line {number}"):
             if line.strip():
-                problems.append(read_problem(json.loads(line.decode("utf-8-sig"))))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    except Exception as error:  # anything that `read_problem`, the task's own, can raise
-        reason = f"the field {error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"{place}: {reason}") from None
+                prompt, answer = read_problem(json.loads(line.decode("utf-8-sig")))
+                ids = encode_prompt(tokenizer, prompt)
+                if not 0 < len(ids) <= most_tokens:
+                    raise ValueError(f"it has {len(ids)} tokens; 1 to {most_tokens} fit beside --max-new-tokens")
+                if max(ids) >= vocab_size:
+                    raise ValueError(f"the tokenizer has token {max(ids)}, the model only {vocab_size} tokens")
+                problems.append((ids, answer))
     if not problems:
         raise UserError(f"{path} is empty: it must hold one JSON object a line")
     return problems
@@ -634,22 +632,17 @@ def read_problems(path: str) -> list[Problem]:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
     """Token ids, made once and never from text again. A chat template, where there is one, sets its own BOS; a last
     turn of the assistant is continued. Special tokens written in a problem stay text."""
-    try:
-        if tokenizer.chat_template is None:
-            if not isinstance(prompt, str):
-                raise ValueError("it is no text, and this model's tokenizer has no chat template")
-            return tokenizer(prompt, split_special_tokens=True).input_ids
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        is_chat = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
-        if not is_chat or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
-            raise ValueError('it must be a text or a list of {"role": text, "content": text}')
-        continued = messages[-1]["role"] == "assistant"
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not continued, continue_final_message=continued, return_dict=False,
-            sanitize_control_tokens=True,
-        )
-    except Exception as error:  # anything that a template can raise
-        raise UserError(f"the prompt {str(prompt)[:80]!r} cannot be encoded: {error}") from None
+    if isinstance(prompt, str) and tokenizer.chat_template is None:
+        return tokenizer(prompt, split_special_tokens=True).input_ids
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    is_message = lambda x: isinstance(x, dict) and isinstance(x.get("role"), str) and isinstance(x.get("content"), str)
+    if not (isinstance(chat, list) and chat and all(map(is_message, chat))):
+        raise ValueError('a prompt must be a text or a list of {"role": text, "content": text}')
+    continued = chat[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        chat, add_generation_prompt=not continued, continue_final_message=continued, return_dict=False,
+        sanitize_control_tokens=True,
+    )
 
 
 def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
@@ -695,31 +688,31 @@ def evaluate(
     sampler: nn.Module, tokenizer: PreTrainedTokenizerBase, problems: list, eos_ids: Tensor, share_prompt: bool,
     args: Args, run: "Run",
 ) -> dict[str, float]:
-    """Mean reward on the held-out problems, greedy and sampled, and the mean length of the sampled completions."""
-    (rank, processes), size, metrics = world(), args.num_prompts * args.group_size, {}
+    """Mean reward on the held-out problems, greedy and sampled, and the mean length of the sampled completions. All
+    completions are appended to completions.jsonl."""
+    own, size, metrics = share(problems), args.num_prompts * args.group_size, {}
     shape = len(problems), 1, args.max_new_tokens
-    uniforms = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[rank::processes]
-    own = problems[rank::processes]
+    uniforms = share(torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     for kind, name, temperature in (("greedy", "eval/accuracy", 0.0), ("sampled", "eval/sampled", args.temperature)):
-        completions, lengths = [], torch.zeros((), device=run.device)
+        completions, num_tokens = [], torch.zeros((), device=run.device)
         for i in range(0, len(own), size):
             prompts = pad_prompts([ids for ids, _ in own[i : i + size]], run.device)
             ids, mask, _ = generate_completions(
                 sampler, *prompts, uniforms[i : i + size], temperature, eos_ids, share_prompt
             )
             completions += decode(tokenizer, ids, mask)
-            lengths += mask.sum()
+            num_tokens += mask.sum()
         rewards = compute_rewards(completions, [answer for _, answer in own], run)          # (problems,)
-        metrics |= {name: all_sum(rewards.sum()).item() / len(problems)}
+        totals = all_sum(torch.stack([rewards.sum(), num_tokens])) / len(problems)
+        metrics |= dict(zip((name, "eval/length"), totals.tolist(), strict=True))
         rows = [
             {"step": run.step, "kind": kind, "prompt": tokenizer.decode(ids), "completion": text, "answer": answer,
              "reward": r} for (ids, answer), text, r in zip(own, completions, rewards.tolist(), strict=True)
         ]
-        if rank == 0:
-            with contextlib.suppress(OSError), (run.folder / "completions.jsonl").open("a") as file:
-                file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
-            say("    {kind}, reward {reward:.2f}: {prompt}{completion}".format_map(rows[0])[-150:].replace("\n", " "))
-    metrics["eval/length"] = all_sum(lengths).item() / len(problems)
+        with contextlib.suppress(OSError), (run.folder / "completions.jsonl").open("ab", buffering=0) as file:
+            file.write("".join(json.dumps(row, default=str) + "\n" for row in rows).encode())  # in one piece
+        for row in rows[:1]:
+            say("    {kind}, reward {reward:.2f}: {prompt}{completion}".format_map(row)[-150:].replace("\n", " "))
     shown = "held-out accuracy {eval/accuracy:.3f} greedy, {eval/sampled:.3f} sampled, {eval/length:.1f} tokens"
     say(f"step {run.step}: {shown.format_map(metrics)}")
     return metrics
@@ -731,50 +724,55 @@ def evaluate(
 MAX_LOGITS = {"cpu": 2**25, "mps": 2**28, "cuda": 2**28}
 
 
-def longest_shared_row(policy: nn.Module, problems: list, share_prompt: bool) -> int:
-    """The most tokens of a row in which several completions share their prompt; 0 where the model cannot do that.
-    With sqrt(p (6 H + p)) completion tokens, a row costs least (see `completions_per_row`); twice that is plenty."""
+@torch.no_grad()
+def longest_shared_row(policy: nn.Module, problems: list, args: Args) -> int:
+    """The most tokens of a row in which several completions share their prompt; 0 where the model cannot do that, such
+    as one with linear attention. Tried in float32: three completions that fill such a row must have the
+    log-probabilities that they have alone.
+
+    Sharing saves prompts, but every token is compared with its whole row: in a row of L tokens, a layer of hidden size
+    H does about 2 H (6 H + L) multiplications a token. With prompts of p tokens, a row of sqrt(p (6 H + p)) completion
+    tokens costs least; half as many again cost little more.
+    """
     config = policy.config.get_text_config()
-    prompt = max(1, sum(len(ids) for ids, _ in problems) // len(problems))
-    longest = prompt + 2 * math.ceil(math.sqrt(prompt * (6 * config.hidden_size + prompt)))
+    prompt = sum(len(ids) for ids, _ in problems) // len(problems)
+    longest = prompt + math.ceil(1.5 * math.sqrt(prompt * (6 * config.hidden_size + prompt)))
     for name in ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size"):
         longest = min(longest, getattr(config, name, None) or longest)  # a longer row could be wrong
-    return longest if share_prompt and sharing_is_exact(policy, longest, min(prompt, longest // 3)) else 0
-
-
-@torch.no_grad()
-def sharing_is_exact(policy: nn.Module, longest: int, prompt: int) -> bool:
-    """Do three completions of several lengths that fill such a row have the log-probabilities that they have alone?
-    With linear attention, for example, they do not."""
+    prompt = max(1, min(prompt, longest // 3))
     width = max(1, (longest - prompt) // 2)
     lengths = torch.tensor([[width - width // 3], [width], [width // 3]]).clamp(min=1)      # (3, 1), together 2 widths
     mask = (torch.arange(width) < lengths)[None]                                            # (1, 3, width)
-    ids = torch.randint(policy.config.get_text_config().vocab_size, (1, 4, longest), generator=seed_step(0, 0))
+    ids = torch.randint(config.vocab_size, (1, 4, longest), generator=seed_step(0, 0))
     batch = Batch(ids[:, 0, :prompt], ids[:, 0, :prompt] >= 0, ids[:, 1:, :width], mask, mask.float())
     batch = Batch(*(x if x is None else x.to(policy.device) for x in batch))
-    alone, _ = completion_logprobs(policy, batch.repack(1), 1.0)                            # (3, 1, width)
+
+    def try_out(batch: Batch, share_prompt: bool) -> Tensor:
+        """Sample two tokens for each completion, for errors only. Returns its log-probabilities, (3 width,)."""
+        uniforms = torch.full((*batch.completion_ids.shape[:2], 2), 0.5)
+        generate_completions(policy, *batch[:2], uniforms, 1.0, torch.tensor([-1], device=policy.device), share_prompt)
+        return completion_logprobs(policy, batch, 1.0)[0].flatten()
+
+    with blaming(f"--model {args.model} cannot be trained here"):
+        alone = try_out(batch.repack(1), share_prompt=False)
     try:
-        shared, _ = completion_logprobs(policy, batch, 1.0)                                 # (1, 3, width)
-        gap = (shared.flatten() - alone.flatten()).abs().max().item()
+        gap = (try_out(batch, share_prompt=True) - alone).abs().max().item() if args.share_prompt else 0.0
         reason = "" if gap < 1e-3 else f"its log-probabilities would be off by {gap:.2g} nats"
-    except (AttributeError, NotImplementedError, ValueError) as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # anything that a model can raise which was not made for this
         reason = str(error)
     if reason:
         say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
-    return not reason
+    return 0 if reason or not args.share_prompt else longest
 
 
-def completions_per_row(batch: Batch, row_tokens: int, hidden_size: int) -> int:
-    """The cheapest C that divides G and makes no row longer than `row_tokens`; 1 where two completions are too many.
-
-    The larger C, the less often a prompt is computed; but every token is compared with its whole row: in a row of L
-    tokens, a layer of hidden size H does about 12 H^2 + 2 H L = 2 H (6 H + L) multiplications a token.
-    """
+def completions_per_row(batch: Batch, row_tokens: int) -> int:
+    """The largest C that divides G and makes no row longer than `row_tokens`; 1 where two completions are too many."""
     prompts, lengths = batch.prompt_mask.sum(1, keepdim=True), batch.completion_mask.sum(-1)  # (B, 1), (B, G)
-    p, c = prompts.float().mean().item(), lengths.float().mean().item()                     # tokens
-    longest = lambda C: (prompts + lengths.unflatten(1, (-1, C)).sum(-1)).max() if C > 1 else 0
-    fitting = [C for C in range(1, lengths.shape[1] + 1) if lengths.shape[1] % C == 0 and longest(C) <= row_tokens]
-    return min(fitting, key=lambda C: (p / C + c) * (6 * hidden_size + p + C * c))
+    longest = lambda C: (prompts + lengths.unflatten(1, (-1, C)).sum(-1)).max()
+    group_size = lengths.shape[1]
+    return max(C for C in range(1, group_size + 1) if group_size % C == 0 and (C == 1 or longest(C) <= row_tokens))
 
 
 def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -> list[tuple[Tensor, ...]]:
@@ -851,7 +849,7 @@ class Metrics:
 
 def load_policy(model: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[nn.Module, Tensor]:
     """The policy in float32 without dropout, and every id that ends a completion."""
-    try:
+    with blaming(f"--model {model} cannot be loaded"):
         options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE)
         policy, info = AutoModelForCausalLM.from_pretrained(model, **options)
         lacking = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]  # would be random
@@ -865,8 +863,6 @@ def load_policy(model: str, tokenizer: PreTrainedTokenizerBase, device: torch.de
         if not len(eos_ids):
             raise ValueError("it has no EOS token, so its completions could never end")
         return policy.to(device).eval(), eos_ids
-    except Exception as error:  # anything that damaged weights can raise
-        raise UserError(f"--model {model} cannot be loaded: {error}") from None
 
 
 def choose_dtype(policy: nn.Module, dtype: str) -> str:
@@ -975,56 +971,6 @@ def shard(model: nn.Module | None, gradient_checkpointing: bool = False) -> None
 # ----- The run: checkpoints, curves, what is printed, signals -----
 
 
-def save_checkpoint(path: Path, models: dict[str, tuple], **more: object) -> dict[str, Tensor]:
-    """Write models and their optimizers to one file: beside it, flushed, then renamed, so that a kill at any moment
-    leaves a whole file. All processes must call it; the first one writes. Returns the weights of the policy."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    for name, (model, optimizer) in models.items():
-        # An optimizer without a step has no state; get_state_dict would make it count a step that never was.
-        more[name] = get_state_dict(model, optimizer if optimizer and optimizer.state else (), options=options)
-    if world()[0] == 0:
-        aside = path.with_suffix(".aside")
-        try:
-            with aside.open("wb") as file:
-                torch.save(more, file)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)  # after an error, half of a file would only fill the disk
-    return more["policy"][0]
-
-
-def load_checkpoint(path: Path, models: dict[str, tuple], fixed: dict[str, object]) -> dict:
-    """Undo `save_checkpoint`, for any number of processes, if what is `fixed` for a run is the same in the file."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-    try:
-        with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():  # torch.load does not compare the checksums
-                raise ValueError(f"{damaged} is damaged")
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        before = saved["fixed"]
-    except Exception as error:  # anything that a damaged file can raise
-        raise UserError(f"{path} cannot be loaded: {error}") from None
-    changed = [f"{name} was {before.get(name)}, is {now}" for name, now in fixed.items() if before.get(name) != now]
-    if changed:
-        raise UserError(f"{path} is of a run with other arguments: {', '.join(changed)}")
-    # Not strict: parameters that never had a gradient have no state.
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-    for name, (model, optimizer) in models.items():
-        weights, state = saved[name]
-        try:
-            set_state_dict(model, optimizer if state else (), model_state_dict=weights, optim_state_dict=state,
-                           options=options)
-        except RuntimeError as error:  # other shapes
-            raise UserError(f"{path} does not fit --model: {error}") from None
-    say(f"resuming from {path}")
-    return saved
-
-
 def say(text: str) -> None:
     """Print a line above the progress bar, once for all processes. No output ends a run."""
     if world()[0] == 0:
@@ -1044,34 +990,27 @@ class Run:
 
     FREE = ("num_steps", "micro_batch_tokens", "gradient_checkpointing", "device", "run_name", "resume", "save_every",
             "eval_every")  # these arguments may change when a run is resumed
-
     def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase, problems: tuple, models: dict, betas: dict):
         from torch.utils.tensorboard import SummaryWriter
 
         self.args, self.tokenizer, self.betas, self.script = args, tokenizer, betas, Path(__file__).stem
         self.models = {name: pair for name, pair in models.items() if pair[0]}  # name: (model, its optimizer or None)
-        self.device, self.step, self.times = next(models["policy"][0].parameters()).device, 0, {}
-        self.writer, self.gap_is_checked = None, False
-        name = f"{self.script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self.folder = Path("runs", args.run_name or name)
+        self.policy, self.step, self.times, self.writer = models["policy"][0], 0, {}, None
+        self.device, self.gap_is_checked = next(self.policy.parameters()).device, False
         flags = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in self.FREE}
         problems = hashlib.sha256(json.dumps(problems, default=str).encode()).hexdigest()
         self.fixed = {"script": self.script, **flags, "hash of the problems": problems}
+        name = f"{self.script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.folder = Path("runs", args.run_name or name)
         path = self.folder / "checkpoint.pt" if args.resume == "auto" else Path(args.resume or "")
         if args.resume is not None and (os.path.exists(path) or args.resume != "auto"):
-            saved = load_checkpoint(path, self.models, self.fixed)
-            self.step = saved["step"]
-            betas.update(saved["betas"])
-        try:
-            if world()[0] == 0:
+            self.load(path)
+        if world()[0] == 0:
+            with blaming(f"the run cannot be kept in {self.folder} (to resume one: --resume auto)"):
                 self.folder.mkdir(parents=True, exist_ok=args.resume == "auto")
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
                 self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(args).items()))
-        except FileExistsError:
-            raise UserError(f"{self.folder} exists: resume it (--resume auto) or choose another --run-name") from None
-        except OSError as error:
-            raise UserError(f"the run cannot be kept in {self.folder}: {error}") from None
-        size = sum(parameter.numel() for parameter in models["policy"][0].parameters()) / 1e6
+        size = sum(parameter.numel() for parameter in self.policy.parameters()) / 1e6
         say(f"{self.script}: {size:.1f} M parameters in {args.dtype} on {self.device.type}, step {self.step} of "
             f"{args.num_steps}, in {self.folder}")
 
@@ -1097,6 +1036,7 @@ class Run:
         if self.times:  # else it is an evaluation
             tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
             metrics |= self.times | {"time/tokens_per_second": tokens / sum(self.times.values())}
+            self.times = {}
             with contextlib.suppress(OSError):
                 self.bar.set_postfix_str("reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f},"
                                          " {time/tokens_per_second:.0f} tokens/s".format_map(metrics))
@@ -1115,21 +1055,55 @@ class Run:
         except OSError as error:  # a full disk ends the curves, not the run
             self.writer = None
             say(f"the curves end here, the run goes on: {error}")
-        self.times = {}
 
     def save(self) -> None:
-        """Write checkpoint.pt, to resume from, and policy/, in Hugging Face format, which no resume reads."""
-        more = dict(step=self.step, fixed=self.fixed, betas=self.betas)
+        """Write checkpoint.pt, to resume from, and policy/, in Hugging Face format, which no resume reads. A checkpoint
+        is written beside, flushed and then renamed: a kill at any moment leaves a whole one."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        content = {"step": self.step, "fixed": self.fixed, "betas": self.betas}
+        aside, options = self.folder / "checkpoint.aside", StateDictOptions(full_state_dict=True, cpu_offload=True)
         try:
-            weights = save_checkpoint(self.folder / "checkpoint.pt", self.models, **more)
+            for name, (model, optimizer) in self.models.items():
+                # An optimizer without a step has no state; get_state_dict would make it count a step that never was.
+                optimizer = optimizer if optimizer and optimizer.state else ()
+                content[name] = get_state_dict(model, optimizer, options=options)
             if world()[0] == 0:
-                self.models["policy"][0].save_pretrained(self.folder / "policy", state_dict=weights)
+                with aside.open("wb") as file:
+                    torch.save(content, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                aside.replace(self.folder / "checkpoint.pt")
+                self.policy.save_pretrained(self.folder / "policy", state_dict=content["policy"][0])
                 self.tokenizer.save_pretrained(self.folder / "policy")
         except (OSError, RuntimeError) as error:  # a full disk can be either
+            aside.unlink(missing_ok=True)  # half of a file would only fill the disk
             if self.step == self.args.num_steps:
                 raise UserError(f"{self.folder} could not be saved: {error}") from None
             say(f"{self.folder} could not be saved, the run goes on: {error}")
         all_sum(torch.zeros((), device=self.device))  # the others wait for the one that writes
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint, of any number of processes, if what is fixed for a run is the same in it."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        with blaming(f"{path} cannot be loaded"):
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():  # torch.load does not compare the checksums
+                    raise ValueError(f"{damaged} is damaged")
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+            pairs = {name: (saved["fixed"].get(name), now) for name, now in self.fixed.items()}
+            if changed := [f"{name} was {old}, is {now}" for name, (old, now) in pairs.items() if old != now]:
+                raise ValueError(f"it is of a run with other arguments: {', '.join(changed)}")
+            # Not strict: parameters that never had a gradient have no state.
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+            for name, (model, optimizer) in self.models.items():
+                weights, state = saved[name]
+                optimizer = optimizer if state else ()
+                set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+        self.step = saved["step"]
+        self.betas.update(saved["betas"])
+        say(f"resuming from {path}")
 
     def finish(self) -> Path:
         """Say where everything is. Returns the folder of the trained model."""

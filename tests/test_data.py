@@ -73,7 +73,7 @@ def test_a_chat_that_ends_in_a_turn_of_the_assistant_is_continued():
 
 
 def test_chat_messages_without_a_template_are_refused():
-    with pytest.raises(grpo.UserError, match="no chat template"):
+    with pytest.raises(ValueError, match=r"chat_template is not set"):
         grpo.encode_prompt(make_tokenizer(), [{"role": "user", "content": "hi"}])
 
 
@@ -116,12 +116,11 @@ def test_json_lines_of_every_kind_are_read(tmp_path):
     ]
     path = tmp_path / "data.jsonl"
     path.write_text("\ufeff" + "\r\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8")
-    problems = grpo.read_problems(str(path))
-    assert problems[0].prompt == "Two and two?" + grpo.INSTRUCTION
-    assert problems[1].prompt == "Two and three:"
-    assert problems[2].prompt == lines[2]["prompt"]
-    assert problems[3].prompt == "Seven:"
-    assert [grpo.final_number("#" + problem.answer) for problem in problems] == [Decimal(i) for i in (4, 5, 6, 7)]
+    tokenizer = make_tokenizer(CHATML)
+    ids, answers = zip(*grpo.read_problems(str(path), tokenizer, len(tokenizer), 100), strict=True)
+    asked = ["Two and two?" + grpo.INSTRUCTION, "Two and three:", "Six?", "Seven:"]
+    assert [*ids] == [grpo.encode_prompt(tokenizer, text) for text in asked]
+    assert [grpo.final_number("#" + answer) for answer in answers] == [Decimal(i) for i in (4, 5, 6, 7)]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,7 @@ def test_a_bad_line_is_named(tmp_path, text, says):
     path = tmp_path / "data.jsonl"
     path.write_text(text)
     with pytest.raises(grpo.UserError, match=says):
-        grpo.read_problems(str(path))
+        grpo.read_problems(str(path), make_tokenizer(), 300, 100)
 
 
 def load(tmp_path, number: int, **args) -> tuple[list[str], list[str]]:

@@ -112,10 +112,10 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, capsys, k
 
 
 def test_the_points_of_a_step_are_on_disk_before_its_checkpoint(script, capsys, monkeypatch):
-    append, save, seen = LocalFileSystem.append, script.save_checkpoint, []
+    append, save, seen = LocalFileSystem.append, torch.save, []
     # TensorBoard writes in a thread of its own, which falls behind here.
     monkeypatch.setattr(LocalFileSystem, "append", lambda *args, **more: time.sleep(0.005) or append(*args, **more))
-    monkeypatch.setattr(script, "save_checkpoint", lambda *args, **how: seen.append(curves("a")) or save(*args, **how))
+    monkeypatch.setattr(torch, "save", lambda *args, **how: seen.append(curves("a")) or save(*args, **how))
     run(script, capsys, num_steps=3, save_every=1)
     assert [len(points.get("reward/mean", [])) for points in seen] == [0, 1, 2, 3]
     assert seen[-1] == curves("a")
@@ -183,8 +183,9 @@ def test_a_checkpoint_may_begin_another_run(script, capsys):
 def test_a_run_is_not_written_over(script, capsys):
     run(script, capsys, num_steps=2)
     before = CHECKPOINT.read_bytes()
-    assert "runs/a exists: resume it (--resume auto)" in run(script, capsys, 2)
-    assert "runs/a exists: resume it (--resume auto)" in run(script, capsys, 2, resume=str(CHECKPOINT))
+    refused = "the run cannot be kept in runs/a (to resume one: --resume auto): [Errno 17] File exists"
+    assert refused in run(script, capsys, 2)
+    assert refused in run(script, capsys, 2, resume=str(CHECKPOINT))
     assert CHECKPOINT.read_bytes() == before
 
 
@@ -297,9 +298,9 @@ def test_a_full_disk_ends_the_curves_not_the_run(script, capsys, monkeypatch):
 @pytest.mark.parametrize("place", ["a file", pytest.param("no permission", marks=pytest.mark.skipif(
     os.getuid() == 0, reason="root may write anywhere"))])
 def test_a_folder_that_cannot_be_written_is_told_before_training(script, capsys, monkeypatch, place):
-    monkeypatch.setattr(script, "generate_completions", None)  # whoever samples fails
+    monkeypatch.setattr(script, "next_problems", None)  # whoever trains fails
     Path("runs").write_text("") if place == "a file" else Path("runs").mkdir(mode=0o500)
-    assert "the run cannot be kept in runs/a: " in run(script, capsys, 2)
+    assert "the run cannot be kept in runs/a (to" in run(script, capsys, 2)
 
 
 # ----- Damaged checkpoints -----
@@ -331,7 +332,7 @@ def test_a_damaged_checkpoint_is_refused(script, capsys, monkeypatch):
     run(script, capsys, num_steps=2)
     torch.save({"a": 1}, "other.pt")
     good = CHECKPOINT.read_bytes()
-    monkeypatch.setattr(script, "generate_completions", None)  # whoever samples fails
+    monkeypatch.setattr(script, "next_problems", None)  # whoever trains fails
     for name, damage in DAMAGES.items():
         CHECKPOINT.write_bytes(good)
         bad = damage(good)

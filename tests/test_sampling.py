@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Sampling: from the whole distribution at one temperature, with shared prompts and dropped rows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -128,39 +130,60 @@ def test_sampling_follows_from_the_seed():
 # ----- May completions share a row with their prompt? -----
 
 
-def ask(model, monkeypatch, longest=40, prompt=5):
-    """What `sharing_is_exact` answers, and what it says."""
-    said = []
+def ask(model, monkeypatch, prompt=5, **args):
+    """What `longest_shared_row` answers, and what it says."""
+    said, problems = [], [([0] * prompt, "")]
     monkeypatch.setattr(grpo, "say", said.append)
-    return grpo.sharing_is_exact(model, longest, prompt), said
+    return grpo.longest_shared_row(model, problems, SimpleNamespace(model="x", share_prompt=True, **args)), said
 
 
 @pytest.mark.parametrize("family", SHARING)
 def test_sharing_is_found_exact_where_it_is(family, monkeypatch):
-    assert ask(make_model(family, torch.float32, **SHARING[family]), monkeypatch) == (True, [])
+    longest, said = ask(make_model(family, torch.float32, **SHARING[family]), monkeypatch)
+    assert longest > 5
+    assert not said
 
 
 @pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
-@pytest.mark.parametrize("family", NOT_SHARING)
+@pytest.mark.parametrize("family", [family for family in NOT_SHARING if family != "mistral"])  # it has a short window
 def test_sharing_is_refused_with_a_sentence_where_it_is_wrong(family, monkeypatch):
-    exact, (said,) = ask(make_model(family, torch.float32, **NOT_SHARING[family]), monkeypatch)
-    assert not exact
+    longest, (said,) = ask(make_model(family, torch.float32, **NOT_SHARING[family]), monkeypatch)
+    assert longest == 0
     assert said.startswith("This model cannot share a prompt among its completions")
 
 
 def test_a_window_that_is_counted_by_place_in_the_row_is_seen_or_never_reached(monkeypatch):
     """GPT-Neo's local layers see the last 16 places of the packed row, whatever the positions are."""
     special = SHARING["gpt_neo"] | dict(window_size=16, max_position_embeddings=256)
-    model, problems = make_model("gpt_neo", torch.float32, **special), [([0] * 20, "")]
-    assert not ask(model, monkeypatch, longest=60, prompt=8)[0]
-    assert grpo.longest_shared_row(model, problems, share_prompt=True) == 16  # within the window it is exact
+    model = make_model("gpt_neo", torch.float32, **special)
+    assert ask(model, monkeypatch, prompt=20) == (16, [])  # within the window it is exact
     model.config.window_size = 10_000  # what the config says is not what the layers were built with
-    assert grpo.longest_shared_row(model, problems, share_prompt=True) == 0
+    assert ask(model, monkeypatch, prompt=20)[0] == 0
 
 
-@pytest.mark.parametrize(("longest", "prompt"), [(1, 0), (3, 1), (7, 2), (64, 21)])
-def test_rows_of_every_length_can_be_tried(longest, prompt, monkeypatch):
-    assert ask(make_model("llama", torch.float32), monkeypatch, longest, max(prompt, 1))[0]
+@pytest.mark.parametrize(("window", "prompt"), [(1, 1), (3, 1), (7, 2), (64, 21)])
+def test_rows_of_every_length_can_be_tried(window, prompt, monkeypatch):
+    model = make_model("llama", torch.float32)
+    model.config.sliding_window = window
+    assert ask(model, monkeypatch, prompt) == (window, [])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("assert")])
+def test_an_error_of_the_device_is_not_taken_for_one_of_the_model(error, monkeypatch):
+    model, score = make_model("llama", torch.float32), grpo.completion_logprobs
+
+    def fail(policy, batch, temperature):
+        if batch.completion_ids.shape[1] > 1:
+            raise error
+        return score(policy, batch, temperature)
+
+    monkeypatch.setattr(grpo, "completion_logprobs", fail)
+    with pytest.raises(type(error)):
+        ask(model, monkeypatch)
+    error = RuntimeError("The size of tensor a must match the size of tensor b")
+    longest, (said,) = ask(model, monkeypatch)
+    assert longest == 0
+    assert "The size of tensor a must match" in said
 
 
 def test_a_sampler_in_bfloat16_keeps_the_positions_of_the_policy():

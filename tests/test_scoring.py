@@ -115,7 +115,7 @@ def test_the_gradient_of_the_entropy_is_finite_where_a_probability_is_0():
     assert entropy.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     with torch.no_grad():
-        inputs, before, _ = grpo.pack_rows(batch, torch.float32)
+        inputs, before, *_ = grpo.pack_rows(batch, torch.float32)
         logits = model(**inputs, logits_to_keep=before).logits / 0.1
         assert (logits.softmax(-1) == 0).any(), "no probability is 0: this shows nothing"
 
@@ -124,7 +124,7 @@ def test_the_gradient_of_the_entropy_is_finite_where_a_probability_is_0():
 def test_the_temperature_divides_and_the_log_softmax_is_taken_in_float32(dtype):
     model, batch = make_model("llama", dtype), packed(grpo)
     with torch.no_grad():
-        inputs, before, is_token = grpo.pack_rows(batch, dtype)
+        inputs, before, _, is_token = grpo.pack_rows(batch, dtype)
         logits = model(**inputs, logits_to_keep=before).logits[is_token].float()
         for temperature in (0.7, 1.0, 2.0):
             tokens = batch.completion_ids[batch.completion_mask]
@@ -214,18 +214,18 @@ def test_prompts_are_shared_as_often_as_is_fastest(group_size, prompt, completio
         prompts, completions = (torch.nn.functional.pad(mask, (0, padding)) for mask in masks)
         return grpo.Batch(prompts.long(), prompts, completions.long(), completions, completions.float())
 
-    config = SimpleNamespace(hidden_size=hidden_size, get_text_config=lambda: config)
-    policy, problems = SimpleNamespace(config=config), [([0] * prompt, "")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "sharing_is_exact", lambda *_: True)
-        longest = grpo.longest_shared_row(policy, problems, share_prompt=True)
-        config.sliding_window = prompt + 2 * completion - 1  # two completions do not fit
-        windowed = grpo.longest_shared_row(policy, problems, share_prompt=True)
+    policy, problems = make_model("llama", torch.float32, max_position_embeddings=10_000), [([0] * prompt, "")]
+    policy.config.hidden_size = hidden_size
+    args = SimpleNamespace(model="x", share_prompt=True)
+    longest = grpo.longest_shared_row(policy, problems, args)
+    policy.config.sliding_window = prompt + 2 * completion - 1  # two completions do not fit
+    windowed = grpo.longest_shared_row(policy, problems, args)
     for padding in (0, 5):
-        assert grpo.completions_per_row(batch(padding), longest, hidden_size) == expected
-        assert grpo.completions_per_row(batch(padding), windowed, hidden_size) == 1
-    assert grpo.longest_shared_row(policy, problems, share_prompt=False) == 0
-    assert grpo.completions_per_row(batch(0), 0, hidden_size) == 1
+        assert grpo.completions_per_row(batch(padding), longest) == expected
+        assert grpo.completions_per_row(batch(padding), windowed) == 1
+    args.share_prompt = False
+    assert grpo.longest_shared_row(policy, problems, args) == 0
+    assert grpo.completions_per_row(batch(0), 0) == 1
 
 
 @pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min])

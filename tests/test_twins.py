@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 OWN = {"grpo.py": {"grpo_loss"}, "ppo.py": {"ValueModel", "completion_values", "explained_variance", "token_rewards",
                                             "policy_loss", "value_loss"}}  # fmt: skip
 DIFFERENT = {"Args", "Batch", "train"}  # in both, but not alike
-OWN_CONSTANTS = {"LEARNING_RATES", "AT_LEAST_ZERO", "AT_MOST_ONE", "MIN_GROUP_SIZE"}
+OWN_CONSTANTS = {"LEARNING_RATES", "LEAST", "MOST"}
 OWN_DEFAULTS = {"num_prompts", "group_size", "update_epochs", "num_minibatches", "beta", "kl_estimator", "kl_placement"}
 OWN_HELP = {"group_size", "update_epochs", "beta", "kl_estimator", "kl_placement"}
 

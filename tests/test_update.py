@@ -119,7 +119,7 @@ def updates(
         patch.setattr(script, "load_policy", lambda *_: (policy, eos_ids))
         patch.setattr(script, "reward", reward)
         patch.setattr(script, "optimizer_step", plain_gradient_descent)
-        patch.setattr(script, "sharing_is_exact", lambda *_: True)  # it is, and test_scoring.py asks
+        patch.setattr(script, "longest_shared_row", lambda *args: 100 * args[2].share_prompt)
         patch.setattr(script.Run, "save", lambda _: None)
         patch.setattr("torch.utils.tensorboard.SummaryWriter", Mock())
         patch.setattr(ppo, "ValueModel", ValueModelWithViews)
