@@ -100,7 +100,8 @@ def prepare(job: dict, case: Case) -> dict:
     if job["shape"] and not folder.exists():
         random_model(folder, SHAPES[job["shape"]], job["model"])
     model = str(grpo.TINY if case.tiny else folder if job["shape"] else job["model"])
-    problems = grpo.read_problems(grpo.Args.data if case.tiny or not job["data"] else job["data"])
+    lines = Path(grpo.Args.data if case.tiny or not job["data"] else job["data"]).read_text().splitlines()
+    problems = [grpo.read_problem(json.loads(line)) for line in lines]
     chosen = itertools.islice(itertools.cycle(problems), case.num_prompts * (job["steps"] + 1))
     prompts = [problem.prompt for problem in chosen]
     if AutoTokenizer.from_pretrained(model).chat_template:
