@@ -58,6 +58,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -181,23 +182,22 @@ class Args:
 INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 
 
-class Problem(NamedTuple):
-    prompt: str | list[dict[str, str]]  # text, or chat messages with "role" and "content"
-    answer: str  # of any type that `reward` understands
-
-
-def read_problem(record: dict) -> Problem:
-    """One line of --data. A "prompt" is used as it is; a bare "question" gets the instruction."""
+def read_problem(record: dict) -> tuple[str | list[dict[str, str]], str]:
+    """One line of --data, as a prompt (text, or chat messages with "role" and "content") and an answer of any type that
+    `reward` takes. A "prompt" is used as it is; a bare "question" gets the instruction."""
     prompt = record["prompt"] if "prompt" in record else record["question"] + INSTRUCTION
     if not isinstance(record["answer"], str) or final_number("#" + record["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
-    return Problem(prompt, record["answer"])
+    return prompt, record["answer"]
 
 
 def final_number(text: str) -> Decimal | None:
-    """The one number after the last "#", else None: a list of guesses is no answer."""
-    numbers = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text.rpartition("#")[2]) if "#" in text else []
-    return Decimal(numbers[0].replace(",", "")) if len(numbers) == 1 else None
+    """The one number after the last "#", a word of its own, else None: a list of guesses is no answer."""
+    words = text.replace("\N{MINUS SIGN}", "-").rpartition("#")[2].split() if "#" in text else []
+    words = [word.lstrip("*(").rstrip("*).,;:!?%") for word in words if re.search("[0-9]|^-$", word)]
+    word = words[0].replace("$", "", 1) if len(words) == 1 else ""
+    is_number = re.fullmatch(r"-?(([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?|\.[0-9]+)", word)
+    return Decimal(word.replace(",", "")) if is_number else None
 
 
 def reward(completion: str, answer: str) -> float:
@@ -799,7 +799,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean reward on the held-out problems, greedy and sampled, and the mean length of the sampled completions. All
     completions are appended to completions.jsonl."""
-    own, size, metrics = share(problems), args.num_prompts * args.group_size, {}
+    (rank, _), own, size, metrics = world(), share(problems), args.num_prompts * args.group_size, {}
     shape = len(problems), 1, args.max_new_tokens
     uniforms = share(torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     for kind, name, temperature in (("greedy", "eval/accuracy", 0.0), ("sampled", "eval/sampled", args.temperature)):
@@ -818,10 +818,11 @@ def evaluate(
             {"step": run.step, "kind": kind, "prompt": tokenizer.decode(ids), "completion": text, "answer": answer,
              "reward": r} for (ids, answer), text, r in zip(own, completions, rewards.tolist(), strict=True)
         ]
-        with contextlib.suppress(OSError), (run.folder / "completions.jsonl").open("ab", buffering=0) as file:
-            file.write("".join(json.dumps(row, default=str) + "\n" for row in rows).encode())  # in one piece
-        for row in rows[:1]:
-            say("    {kind}, reward {reward:.2f}: {prompt}{completion}".format_map(row)[-150:].replace("\n", " "))
+        rows = [*chain(*all_gather_objects(rows))]
+        if rank == 0:
+            with contextlib.suppress(OSError), (run.folder / "completions.jsonl").open("a") as file:
+                file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+        say("    {kind}, reward {reward:.2f}: {prompt}{completion}".format_map(rows[0])[-150:].replace("\n", " "))
     shown = "held-out accuracy {eval/accuracy:.3f} greedy, {eval/sampled:.3f} sampled, {eval/length:.1f} tokens"
     say(f"step {run.step}: {shown.format_map(metrics)}")
     return metrics
@@ -1037,12 +1038,19 @@ def share(rows):
     return rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
 
 
+def all_gather_objects(x: object) -> list:
+    """x of every process."""
+    objects = [x] * world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(objects, x)
+    return objects
+
+
 def all_gather(*columns: Tensor) -> tuple[Tensor, ...]:
     """The rows of all processes together, padded to one width in the last dimension."""
     if not dist.is_initialized():
         return columns
-    parts = [None] * world()[1]
-    dist.all_gather_object(parts, [x.cpu() for x in columns])
+    parts = all_gather_objects([x.cpu() for x in columns])
     width = max(x.shape[-1] for part in parts for x in part)
     padded = ([nn.functional.pad(x, (0, width - x.shape[-1])) for x in column] for column in zip(*parts, strict=True))
     return tuple(torch.cat(column).to(columns[0].device) for column in padded)
@@ -1109,7 +1117,8 @@ class Run:
         flags = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in self.FREE}
         problems = hashlib.sha256(json.dumps(problems, default=str).encode()).hexdigest()
         self.fixed = {"script": self.script, **flags, "hash of the problems": problems}
-        name = f"{self.script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+        name = f"{self.script}-{Path(args.model).name}-seed{args.seed}-{now}"
         self.folder = Path("runs", args.run_name or name)
         path = self.folder / "checkpoint.pt" if args.resume == "auto" else Path(args.resume or "")
         if args.resume is not None and (os.path.exists(path) or args.resume != "auto"):
@@ -1117,11 +1126,25 @@ class Run:
         if world()[0] == 0:
             with blaming(f"the run cannot be kept in {self.folder} (to resume one: --resume auto)"):
                 self.folder.mkdir(parents=True, exist_ok=args.resume == "auto")
+                self.lock()
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
                 self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(args).items()))
         size = sum(parameter.numel() for parameter in self.policy.parameters()) / 1e6
         say(f"{self.script}: {size:.1f} M parameters in {args.dtype} on {self.device.type}, step {self.step} of "
             f"{args.num_steps}, in {self.folder}")
+
+    def lock(self) -> None:
+        """Keep other processes out of the folder until this run ends, even by a kill."""
+        file = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
+        weakref.finalize(self, os.close, file)
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another process is training in it") from None
+        except (ImportError, OSError):  # Windows and some network disks have no such locks
+            pass
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, and last --num-steps, at which nothing is trained any more."""

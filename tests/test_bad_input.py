@@ -277,6 +277,8 @@ def test_unknown_flags_and_values_are_named(script, flags, says, capsys):
     ("--run-name .", "--run-name must be the name"),
     ("--run-name a/b", "--run-name must be the name"),
     ("--run-name /tmp", "--run-name must be the name"),
+    ("--run-name 'a\nb'", "--run-name must be the name"),
+    ("--run-name 'a\udcff'", r"--run-name must be the name of a folder in runs/, got 'a\udcff'"),
     (grpo, "--group-size 1", "--group-size must be at least 2, got 1"),
     (grpo, "--ref-refresh-every -1", "--ref-refresh-every must be at least 0"),
     (ppo, "--gamma 1.01", "--gamma must be at most 1"),
@@ -406,6 +408,7 @@ def test_bad_prompts_and_models_are_refused_before_weights_are_loaded(script, fl
     ("--model models/text_end", "--model models/text_end"),
     ("--model models/pickled_weights", "models/pickled_weights cannot be loaded: Weights only load failed."),
     (f"--model models/good --run-name {'x' * 300}", "the run cannot be kept in runs/xxx"),
+    ("--model models/good --run-name file --resume auto", "the run cannot be kept in runs/file (to resume one"),
     (f"--model models/good --run-name {'x' * 300} --resume auto", "runs/xxx"),
     (f"--model models/good --resume {'x' * 300}", f"{'x' * 300} cannot be loaded: [Errno 36] File name too long"),
     ("--model models/good --resume nowhere", "nowhere cannot be loaded: [Errno 2] No such file"),
@@ -413,6 +416,7 @@ def test_bad_prompts_and_models_are_refused_before_weights_are_loaded(script, fl
 def test_bad_weights_and_run_folders_are_refused(script, flags, says, capsys, loaded):
     name = "" if "--run-name" in flags else "--run-name new"
     Path("runs").mkdir()
+    Path("runs/file").touch()
     assert says in refusal(script, f"{SMALL} --data good.jsonl {name} {flags}", capsys)
     assert "weights" in loaded
 

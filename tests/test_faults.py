@@ -189,6 +189,25 @@ def test_a_run_is_not_written_over(script, capsys):
     assert CHECKPOINT.read_bytes() == before
 
 
+def test_two_processes_do_not_resume_one_run_at_the_same_time(script, capsys):
+    run(script, capsys, num_steps=1)
+    slow = "script.reward = lambda completion, answer: time.sleep(0.1) or len(set(completion)) / 10"
+    more = dict(value_warmup_steps=0) if script is ppo else {}
+    with start(command(script.__name__, slow, run_name="a", num_steps=1000, resume="auto", **more)) as process:
+        wait_until(lambda: len(curves("a")["reward/mean"]) > 1)
+        assert "cannot be kept in runs/a (to resume one: --resume auto): another process is training in it" in run(
+            script, capsys, 2, resume="auto"
+        )
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        run(script, capsys, num_steps=2, resume="auto")  # a kill opens the lock
+
+
+def test_runs_without_a_name_never_collide(script, capsys):
+    said = [run(script, capsys, run_name=None, num_steps=1, device="cpu") for _ in range(2)]
+    assert len({*Path("runs").iterdir()}) == 2, said
+
+
 def test_a_checkpoint_of_another_run_is_refused_with_every_difference(script, capsys):
     run(script, capsys)
     other = {grpo: ppo, ppo: grpo}[script]

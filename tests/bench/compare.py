@@ -103,7 +103,7 @@ def prepare(job: dict, case: Case) -> dict:
     lines = Path(grpo.Args.data if case.tiny or not job["data"] else job["data"]).read_text().splitlines()
     problems = [grpo.read_problem(json.loads(line)) for line in lines]
     chosen = itertools.islice(itertools.cycle(problems), case.num_prompts * (job["steps"] + 1))
-    prompts = [problem.prompt for problem in chosen]
+    prompts = [prompt for prompt, _ in chosen]
     if AutoTokenizer.from_pretrained(model).chat_template:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     Path(job["prompts"]).write_text("".join(json.dumps({"prompt": p, "answer": "0"}) + "\n" for p in prompts))
