@@ -52,6 +52,13 @@ def test_every_function_of_the_map_exists_in_the_file_it_is_said_to_stand_in(row
         assert any(name in names_in(FILES[file]) for file in files), name
 
 
+@pytest.mark.parametrize(("name", "file", "line"), sorted(set(re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README))))
+def test_every_link_goes_to_the_line_of_its_function(name, file, line):
+    definition = f"def {name}("
+    lines = [text.startswith(definition) for text in FILES[file].splitlines()]
+    assert lines.index(True) + 1 == int(line), f"README.md must say [`{name}`]({file}#L{lines.index(True) + 1})"
+
+
 PAPERS = {row[0].split(",")[0]: row[0] for row in ROWS if row[0]}
 TAGS = []  # (paper, equation tag, the cell that names functions)
 paper = ""
@@ -115,9 +122,9 @@ def test_every_command_has_flags_that_exist(command):
     script.check_args(tyro.cli(script.Args, args=words))
 
 
-# ----- The two examples -----
+# ----- The examples -----
 
-EXAMPLES = [text.partition("```")[0] for text in README.split("```python\n")[1:]]
+TASK, LOADING, STEPS = (text.partition("```")[0] for text in README.split("```python\n")[1:])
 FLAGS = "--run-name a --eval-every {0} --num-steps {0} --device cpu --num-prompts 32 --group-size 8"
 
 
@@ -137,19 +144,28 @@ def test_the_worked_example_trains_in_place_of_the_block_that_it_replaces(script
     before, _, rest = FILES[f"{script}.py"].partition("# ============================ CHANGE THIS")
     block, _, after = rest.partition("# ========================= end of the block to change")
     assert "def read_problem" in block
-    assert len([line for line in EXAMPLES[0].splitlines() if line.strip()]) < 12
+    assert len([line for line in TASK.splitlines() if line.strip()]) < 12
     monkeypatch.chdir(tmp_path)
-    points = train_copy(tmp_path, script, f"{before}{EXAMPLES[0]}\n\n#{after}", 20 if CI else 2)
+    points = train_copy(tmp_path, script, f"{before}{TASK}\n\n#{after}", 20 if CI else 2)
     (_, first), *_, (_, last) = points["eval/sampled"]
     assert 0 < first < 0.4
     assert not CI or last > 0.75
+
+
+def test_the_trained_model_is_loaded_and_prompted_as_it_is_shown(tmp_path, monkeypatch):
+    """The tiny model, as if it had been trained: `policy/` is a folder of the same kind."""
+    (tmp_path / "runs/RUN_NAME").mkdir(parents=True)
+    (tmp_path / "runs/RUN_NAME/policy").symlink_to(ROOT / "tests/tiny")
+    (tmp_path / "load.py").write_text(LOADING)
+    monkeypatch.chdir(tmp_path)
+    assert "38+57=" in finish(start([sys.executable, "load.py"]))
 
 
 def test_process_supervision_trains_in_place_of_the_lines_that_it_replaces(tmp_path, monkeypatch):
     lines = FILES["grpo.py"].splitlines(keepends=True)
     replaced = [i for i, line in enumerate(lines) if line.startswith("        advantages = ")]
     assert len(replaced) == 2
-    lines[replaced[0] : replaced[1] + 1] = [EXAMPLES[1]]
+    lines[replaced[0] : replaced[1] + 1] = [STEPS]
     text = "".join(lines).replace("import group_advantages", "import process_advantages")
     monkeypatch.chdir(tmp_path)
     points = train_copy(tmp_path, "grpo", text, 20 if CI else 2)
