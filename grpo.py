@@ -547,12 +547,12 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
 
 
 class UserError(Exception):
-    """A mistake of the user's: printed as one sentence, without a traceback."""
+    """A user error: printed as one sentence, without a traceback."""
 
 
 @contextlib.contextmanager
-def blaming(what: str) -> Iterator[None]:
-    """Any error inside is a mistake in `what`, which the user gave."""
+def as_user_error(what: str) -> Iterator[None]:
+    """Turn any error inside into one sentence about `what`."""
     try:
         yield
     except Exception as error:
@@ -593,7 +593,7 @@ NO_CODE = {"trust_remote_code": False}  # code that comes with a model is not ru
 
 def load_problems(args: Args) -> tuple[PreTrainedTokenizerBase, list[tuple], list[tuple]]:
     """The tokenizer, the training problems and the held-out problems, each problem as (prompt ids, answer)."""
-    with blaming(f"--model {args.model} is no model folder and no hub id in reach"):
+    with as_user_error(f"--model {args.model} is no model folder and no hub id in reach"):
         tokenizer = AutoTokenizer.from_pretrained(args.model, **NO_CODE)
         config = AutoConfig.from_pretrained(args.model, **NO_CODE).get_text_config()
         limits = config.vocab_size, (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
@@ -612,10 +612,10 @@ def load_problems(args: Args) -> tuple[PreTrainedTokenizerBase, list[tuple], lis
 def read_problems(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, most_tokens: float) -> list[tuple]:
     """JSON lines as (prompt ids, answer); `read_problem` says what a line must hold."""
     problems = []
-    with blaming(f"cannot read {path}"):
+    with as_user_error(f"cannot read {path}"):
         lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        with blaming(f"{path}, line {number}"):
+        with as_user_error(f"{path}, line {number}"):
             if line.strip():
                 prompt, answer = read_problem(json.loads(line.decode("utf-8-sig")))
                 ids = encode_prompt(tokenizer, prompt)
@@ -667,8 +667,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, completion_ids: Tensor, completio
 
 
 def compute_rewards(completions: list[str], answers: list, run: "Run") -> Tensor:
-    """The rewards of N completions, (N,). An error in `reward` is in the user's own code: what was learned is saved,
-    then its traceback is shown."""
+    """The rewards of N completions, (N,). If `reward`, the user's own code, fails, the run is saved and the traceback
+    shown."""
     rewards, failure = [], None
     try:
         for completion, answer in zip(completions, answers, strict=True):
@@ -754,7 +754,7 @@ def longest_shared_row(policy: nn.Module, problems: list, args: Args) -> int:
         generate_completions(policy, *batch[:2], uniforms, 1.0, torch.tensor([-1], device=policy.device), share_prompt)
         return completion_logprobs(policy, batch, 1.0)[0].flatten()
 
-    with blaming(f"--model {args.model} cannot be trained here"):
+    with as_user_error(f"--model {args.model} cannot be trained here"):
         alone = try_out(batch.repack(1), share_prompt=False)
     try:
         gap = (try_out(batch, share_prompt=True) - alone).abs().max().item() if args.share_prompt else 0.0
@@ -777,11 +777,11 @@ def completions_per_row(batch: Batch, row_tokens: int) -> int:
 
 
 def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -> list[tuple[Tensor, ...]]:
-    """Cut the batch into minibatches of whole prompts, one optimizer update each, and this process's rows of these into
-    micro-batches, one forward and backward pass each, rows of like length together: indices into the R rows.
+    """Cut the batch into minibatches of whole prompts, one optimizer update each, and this process's rows of each into
+    micro-batches of rows of similar length, one forward and backward pass each. Returns indices into the R rows.
 
-    has_signal: (B,). Rows of other prompts add nothing to the gradient and are left out. Every process gets as many
-    rows and passes as the others.
+    has_signal: (B,). Rows of other prompts add nothing to the gradient and are left out, but all processes keep the
+    same number of rows and passes.
     """
     (rank, processes), minibatches = world(), []
     lengths = (batch.prompt_mask.sum(1) + batch.completion_mask.sum((1, 2))).cpu()          # (R,)
@@ -850,7 +850,7 @@ class Metrics:
 
 def load_policy(model: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[nn.Module, Tensor]:
     """The policy in float32 without dropout, and every id that ends a completion."""
-    with blaming(f"--model {model} cannot be loaded"):
+    with as_user_error(f"--model {model} cannot be loaded"):
         options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE)
         policy, info = AutoModelForCausalLM.from_pretrained(model, **options)
         lacking = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]  # would be random
@@ -867,7 +867,7 @@ def load_policy(model: str, tokenizer: PreTrainedTokenizerBase, device: torch.de
 
 
 def choose_dtype(policy: nn.Module, dtype: str) -> str:
-    """--dtype, with "auto" decided."""
+    """Resolve --dtype auto."""
     device = policy.device.type
     native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     fast = native or (device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
@@ -948,14 +948,14 @@ def all_gather(*columns: Tensor) -> tuple[Tensor, ...]:
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """The sum of a tensor over the processes, in its place."""
+    """Sum a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """Of a tensor that is sharded over the processes, the whole."""
+    """The whole of a tensor that may be sharded over the processes."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
@@ -980,14 +980,14 @@ def shard(model: nn.Module | None, gradient_checkpointing: bool = False) -> None
 
 
 def say(text: str) -> None:
-    """Print a line above the progress bar, once for all processes. No output ends a run."""
+    """Print a line above the progress bar, in the first process only. An output that fails does not end the run."""
     if world()[0] == 0:
         with contextlib.suppress(OSError):
             tqdm.write(text, file=sys.stderr)
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
-    """Every random number of a step follows from (seed, step), so a resumed run needs no random state to go on."""
+    """Every random number of a step follows from (seed, step), so a checkpoint holds no random state."""
     random.seed(f"{seed} {step}")
     torch.manual_seed(seed * 1_000_003 + step)
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -1015,7 +1015,7 @@ class Run:
         if args.resume is not None and (os.path.exists(path) or args.resume != "auto"):
             self.load(path)
         if world()[0] == 0:
-            with blaming(f"the run cannot be kept in {self.folder} (to resume one: --resume auto)"):
+            with as_user_error(f"the run cannot be kept in {self.folder} (to resume one: --resume auto)"):
                 self.folder.mkdir(parents=True, exist_ok=args.resume == "auto")
                 self.lock()
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
@@ -1038,7 +1038,7 @@ class Run:
             pass
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do, and last --num-steps, at which nothing is trained any more."""
+        """The steps to train, and at the end --num-steps itself, for the last evaluation and save."""
         show = dict(desc=self.script, unit="step", disable=True if world()[0] else None)
         with tqdm(initial=self.step, total=self.args.num_steps, **show) as self.bar:
             while self.step <= self.args.num_steps:
@@ -1047,14 +1047,14 @@ class Run:
                 self.bar.update()
 
     def clock(self, name: str = "") -> None:
-        """The seconds since the last call are those of `name`."""
+        """Record the seconds since the last call under `name`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.times, self.started = self.times | ({name: now - self.started} if name else {}), now
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
-        """A point on every curve, at the number of steps that the policy had been trained for."""
+        """Add a point to every curve. Point s is measured after s steps of training."""
         metrics = {name: float(value) for name, value in metrics.items()}
         if self.times:  # else it is an evaluation
             tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
@@ -1107,10 +1107,10 @@ class Run:
         all_sum(torch.zeros((), device=self.device))  # the others wait for the one that writes
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint, of any number of processes, if what is fixed for a run is the same in it."""
+        """Restore a checkpoint that any number of processes wrote, if the arguments that must not change have not."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-        with blaming(f"{path} cannot be loaded"):
+        with as_user_error(f"{path} cannot be loaded"):
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():  # torch.load does not compare the checksums
                     raise ValueError(f"{damaged} is damaged")
@@ -1139,12 +1139,12 @@ class Run:
 
 
 def main(args: Args) -> int:
-    """Train, and turn a mistake of the user's into one sentence. SIGINT and SIGTERM end the run after the step under
-    way, a second one at once. Returns the exit code."""
+    """Train, and print a user error as one sentence. The first SIGINT or SIGTERM ends the run after the current step,
+    the second one at once. Returns the exit code."""
     stop, handlers, code = threading.Event(), {}, 0
 
     def ask(number: int, _: object) -> None:
-        """What the first signal does: the next one acts as if there were no handler."""
+        """Handle the first signal; later ones act as if there were no handler."""
         stop.set()
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)

@@ -41,8 +41,8 @@ if ! cmp -s "$here/requirements.txt" "$here/.venv/requirements.txt"; then
     cp "$here/requirements.txt" "$here/.venv/requirements.txt"
 fi
 
-# Of glibc's malloc, about a GB of tensors that come and go in every step: keep freed memory for the next step instead of
-# giving it back to the system, which hands it out again page by page; blocks above 32 MB still go back at once.
+# Each step allocates and frees about a GB of tensors. Let glibc's malloc keep freed memory for the next step, because
+# getting it back from the system page by page is slow. Blocks above 32 MB are still returned at once.
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}
 
 case $task in
