@@ -278,10 +278,10 @@ def generate_completions(
         tokens, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
         ids[rows, t] = tokens
         running = running & ~torch.isin(tokens, eos_ids)
-        test_now = (t + 1) % STOP_TEST_EVERY == 0
-        if t + 1 == max_new_tokens or (test_now and not running.any()):
+        still_running = int(running.sum()) if (t + 1) % STOP_TEST_EVERY == 0 else len(rows)
+        if t + 1 == max_new_tokens or still_running == 0:
             break
-        if test_now and share_prompt and not running.all():
+        if still_running < len(rows) and share_prompt:
             kept = running.nonzero()[:, 0]  # finished rows leave the batch and the cache
             rows, running, tokens, visible, lengths = (x[kept] for x in (rows, running, tokens, visible, lengths))
             cache.batch_select_indices(kept)
@@ -722,7 +722,7 @@ def evaluate(
 # ----- Cutting the batch into rows, minibatches and micro-batches; the optimizer step -----
 
 # Most logits in one pass of the update: in float32, 128 MB on a CPU and 1 GB on an accelerator.
-MAX_LOGITS = {"cpu": 2**25, "mps": 2**28, "cuda": 2**28}
+MAX_LOGITS = {"cpu": 2**25, "accelerator": 2**28}
 
 
 @torch.no_grad()
@@ -786,7 +786,8 @@ def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -
     (rank, processes), minibatches = world(), []
     lengths = (batch.prompt_mask.sum(1) + batch.completion_mask.sum((1, 2))).cpu()          # (R,)
     has_signal = has_signal.cpu().repeat_interleave(len(lengths) // len(has_signal))        # (R,)
-    most_tokens = min(args.micro_batch_tokens, MAX_LOGITS[batch.prompt_ids.device.type] // vocab_size)
+    max_logits = MAX_LOGITS["cpu" if batch.prompt_ids.is_cpu else "accelerator"]
+    most_tokens = min(args.micro_batch_tokens, max_logits // vocab_size)
     for rows in torch.arange(len(lengths)).chunk(args.num_minibatches):
         kept = math.ceil(int(has_signal[rows].sum()) / processes) * processes
         rows = rows[has_signal[rows].byte().argsort(descending=True, stable=True)][:kept]
@@ -1048,8 +1049,8 @@ class Run:
 
     def clock(self, name: str = "") -> None:
         """Record the seconds since the last call under `name`."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
         now = time.perf_counter()
         self.times, self.started = self.times | ({name: now - self.started} if name else {}), now
 

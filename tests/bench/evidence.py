@@ -12,7 +12,7 @@
 
 Pictures want tests/bench/requirements-evidence.txt. Each group of experiments has a file GROUP-STEPS.csv in --csv; its
 first lines say how to repeat it. A run that stands there is not run again, so what was stopped goes on with the same
-command; one whose flags have changed below is run anew. Runs live in runs/evidence/, with a tiny model of their own.
+command; one whose flags have changed below is run anew. Runs live in runs/evidence/.
 
 Columns: reward, length (tokens) and kl (nats a token, as the run estimates it) of the completions sampled in a step;
 greedy, sampled (accuracies), eval_length and exact_kl (nats a token, whatever the run estimates; tiny model only), on
@@ -151,7 +151,7 @@ def exact_kl(folder: Path) -> float:
     prompts = grpo.pad_prompts([ids for ids, _ in held_out], cpu)
     uniforms = torch.rand(len(prompts[0]), 1, args.max_new_tokens, dtype=torch.float64, generator=grpo.seed_step(0, 0))
     batch = grpo.Batch(*prompts, *grpo.generate_completions(policy, *prompts, uniforms, args.temperature, ends))
-    inputs, before, is_token = grpo.pack_rows(batch, torch.float32)
+    inputs, before, _, is_token = grpo.pack_rows(batch, torch.float32)
     with torch.no_grad():
         logits = [model(**inputs, logits_to_keep=before).logits[is_token] for model in (policy, ref_policy)]
         return kl.exact_kl(*logits).mean().item()

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""A device for tests, "second": its tensors lie in the memory of the CPU and are computed there, and it refuses what
+CUDA refuses. Importing this file registers it with torch, as the accelerator of the process: one per process.
+
+As on CUDA, an operation takes all its tensors from one device, except that
+    - a 0-dim tensor of the CPU counts as a number in pointwise operations,
+    - indices of the CPU may index a tensor of the device,
+    - copies, such as x.to(device), x.cpu() and x.copy_(y), go between devices.
+What the host reads makes it wait for the device, and so does every copy from or to it that is not non_blocking, as in
+torch.cuda.set_sync_debug_mode. `waits` counts this by the line that asked.
+
+`fallback` gets every operation that torch does not compose of others, below autograd and autocast. The storage of a
+tensor is one of the device, over host memory, so views, autograd and the sharing of weights are torch's own. Of the
+operations of autocast, only what language models use is here.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+NAME, SCRIPTS, TORCH = "second", ("grpo.py", "ppo.py"), str(Path(torch.__file__).parent)
+CPU, AUTOCAST = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, x)) for x in ("CPU", "AutocastPrivateUse1"))
+# CUDA's autocast computes these in the lower precision, and these in float32.
+LOWER = ("linear", "matmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "einsum", "scaled_dot_product_attention",
+         "convolution", "conv1d", "conv2d")  # fmt: skip
+FLOAT32 = ("exp", "expm1", "log", "log1p", "log2", "reciprocal", "rsqrt", "pow", "softplus", "layer_norm", "logsumexp",
+           "softmax", "log_softmax", "cumsum", "cumprod", "sum", "prod", "linalg_vector_norm", "norm")  # fmt: skip
+# The host must know a value, or how large the result is.
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
+INDEXING = ("index", "_index_put_impl_")
+SET = torch.ops.aten.set_.source_Storage_storage_offset
+
+waits: Counter[str] = Counter()
+
+
+class Module(_DummyBackendModule):
+    """torch.second"""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+def here(x: Tensor) -> bool:
+    return not x.is_cpu
+
+
+def over(host: torch.UntypedStorage) -> torch.UntypedStorage:
+    """A storage of the device over the memory of one of the CPU."""
+    storage = torch._C._construct_storage_from_data_pointer(host.data_ptr(), torch.device(NAME, 0), host.nbytes())
+    storage.host = host  # lives as long as the storage
+    return storage
+
+
+def put(x: Tensor, into: Tensor | None = None) -> Tensor:
+    """A tensor of the device over the memory of a tensor of the CPU."""
+    into = torch._C._acc.create_empty_tensor([0], x.dtype) if into is None else into
+    return SET.redispatch(CPU, into, over(x.untyped_storage()), x.storage_offset(), x.shape, x.stride())
+
+
+def seen(x: Tensor) -> Tensor:
+    """A tensor of the CPU over the memory of a tensor of the device."""
+    return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage().host, x.storage_offset(), x.shape, x.stride())
+
+
+def wait(operation: str) -> None:
+    """Count one under the line of a library, where one asked, and the line of the script that called it."""
+    frame, lines = sys._getframe(1), []
+    while frame and not (lines and lines[-1].startswith(SCRIPTS)):
+        code = frame.f_code
+        if not code.co_filename.startswith((TORCH, __file__)):
+            lines.append(f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}")
+        frame = frame.f_back
+    waits[" < ".join([operation, *lines[:1], *lines[1:][-1:]] if lines else [operation, "autograd"])] += 1
+
+
+def each(change: Callable, x: object) -> object:
+    """`change` every tensor of nested lists."""
+    if isinstance(x, Tensor):
+        return change(x)
+    return type(x)([each(change, y) for y in x]) if isinstance(x, list | tuple) else x
+
+
+def tensors(x: object) -> list[Tensor]:
+    found = []
+    each(found.append, x)
+    return found
+
+
+@cache
+def about(op: OpOverload) -> tuple[str, dict[str, str], set[str]]:
+    """Of an operation: its name, the types of its arguments, and which of them may be a 0-dim tensor of the CPU."""
+    packet, arguments = op.overloadpacket, op._schema.arguments
+    pointwise = any(torch.Tag.pointwise in getattr(packet, name).tags for name in packet.overloads())
+    takes_numbers = pointwise or packet.__name__ in INDEXING
+    numbers = {a.name for a in arguments if takes_numbers and not (a.alias_info and a.alias_info.is_write)}
+    return packet.__name__, {a.name: str(a.type) for a in arguments}, numbers
+
+
+def copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """Between the devices, or within this one."""
+    if not non_blocking and here(source) != here(target) and source.numel():
+        wait("copy to the device" if here(target) else "copy to the CPU")
+    source, written = (seen(x) if here(x) else x for x in (source, target))
+    written.copy_(source)
+    return target
+
+
+def fallback(op: OpOverload, *args: object, **kwargs: object) -> object:
+    """Any operation on tensors of the device, or with device="second"."""
+    if op.is_view or op is SET:  # only sizes and strides
+        return op.redispatch(CPU, *args, **kwargs)
+    name, types, numbers = about(op)
+    if name == "_copy_from":
+        return copy(*args)
+    given, lent = dict(zip(types, args, strict=False)) | kwargs, {}
+    devices = lambda: {key: [str(x.device) for x in tensors(value)] for key, value in given.items() if tensors(value)}
+    reads = name in READS or (op is torch.ops.aten.repeat_interleave.Tensor and given.get("output_size") is None)
+    if name == "_index_put_impl_":  # moves indices here, and looks for the places of a mask where it has many values
+        indices = tensors(given["indices"])
+        masked = given["values"].numel() > 1 and any(x.dtype == torch.bool for x in indices)
+        reads = masked or not all(map(here, indices))
+    if reads:
+        wait(name)
+
+    def lend(argument: str, x: Tensor) -> Tensor:
+        if not here(x):
+            if (x.dim() == 0 and argument in numbers) or (name in INDEXING and argument == "indices"):
+                return x
+            raise RuntimeError(f"{op}: expected all tensors to be on the same device, but found {devices()}")
+        host = seen(x)
+        lent[id(host)] = host, x
+        return host
+
+    given = {key: each(lambda x, key=key: lend(key, x), value) for key, value in given.items()}
+    if "device" in given:
+        given["device"] = torch.device("cpu")
+    for key, value in given.items():
+        if types[key] == "Tensor" and not isinstance(value, Tensor):  # a number that torch had made a tensor
+            given[key] = torch.tensor(value, dtype=torch.result_type(next(iter(lent.values()))[0], value))
+    result = op(**given)
+    for host, x in lent.values():
+        if host.shape != x.shape:  # an empty out=
+            put(host, x)
+    return each(lambda x: lent[id(x)][1] if id(x) in lent else put(x), result)
+
+
+def autocast(op: OpOverload, lower: bool) -> Callable:
+    """The operation with its tensors in the precision of autocast."""
+
+    def kernel(*args: object, **kwargs: object) -> object:
+        dtype = torch.get_autocast_dtype(NAME) if lower else torch.float32
+        cast = lambda x: x.to(dtype) if here(x) and x.is_floating_point() and x.dtype != torch.float64 else x
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            return op(*each(cast, args), **{key: each(cast, x) for key, x in kwargs.items()})
+
+    return kernel
+
+
+_setup_privateuseone_for_python_backend(NAME, Module())
+clone = torch.UntypedStorage.clone  # copy.deepcopy needs it
+torch.UntypedStorage.clone = lambda self: over(clone(self.host)) if self.device.type == NAME else clone(self)
+everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+everything.fallback(fallback, "PrivateUse1")
+everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+for packet in (getattr(torch.ops.aten, name) for name in LOWER + FLOAT32):
+    for op in (getattr(packet, name) for name in packet.overloads()):
+        if not any(a.is_out or a.type.kind() == "StringType" for a in op._schema.arguments):
+            aten.impl(op, autocast(op, packet.__name__ in LOWER), "AutocastPrivateUse1")
+torch.accelerator.synchronize = lambda *_: None  # the device is never behind
