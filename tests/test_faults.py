@@ -82,6 +82,7 @@ def saves() -> int:
     return CHECKPOINT.stat().st_mtime_ns if CHECKPOINT.exists() else 0
 
 
+@pytest.mark.parametrize("script", [grpo, pytest.param(ppo, marks=slow)], ids=["grpo", "ppo"], indirect=True)
 @pytest.mark.parametrize("kills", [24 if CI else 5])
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, capsys, kills):
     seed = random.randrange(1000)
@@ -189,6 +190,7 @@ def test_a_run_is_not_written_over(script, capsys):
     assert CHECKPOINT.read_bytes() == before
 
 
+@pytest.mark.parametrize("script", [grpo, pytest.param(ppo, marks=slow)], ids=["grpo", "ppo"], indirect=True)
 def test_two_processes_do_not_resume_one_run_at_the_same_time(script, capsys):
     run(script, capsys, num_steps=1)
     slow = "script.reward = lambda completion, answer: time.sleep(0.1) or len(set(completion)) / 10"

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 import grpo
 import ppo
 from families import SHARING, VOCAB, make_model, packed
-from running import curves, weights
+from running import curves, slow, weights
 
 CPU = torch.device("cpu")
 END = 1  # the end token of make_model and of make_tokenizer, and their pad token too
@@ -230,6 +230,7 @@ def train_in_two_processes(rank, port, args, bugs):
     os._exit(0)  # as `main` does
 
 
+@pytest.mark.parametrize("script", [grpo, pytest.param(ppo, marks=slow)], ids=["grpo", "ppo"], indirect=True)
 def test_pitfall_05_the_gradient_does_not_depend_on_the_number_of_processes(script, run):
     whole = run()[1]["policy/grad_norm"][0][1]
     with socket.socket() as free:
@@ -527,7 +528,8 @@ def test_pitfall_19_what_the_model_writes_is_never_evaluated(script):
         assert script.reward("#42", "42") == 1.0
         assert script.reward("#(40+2)", "42") == 0.0
 
-    assert_caught(check, bug(script, "final_number", "re.findall(", "(lambda _, text: [str(eval(text))])("))
+    parsed = 'word.replace(",", "")) if is_number else None'
+    assert_caught(check, bug(script, "final_number", parsed, "eval(word or '0'))"))
     assert script.reward("#99**99**99", "42") == 0.0
 
 
@@ -606,6 +608,6 @@ def test_pitfall_23_only_the_one_number_after_the_last_marker_is_an_answer(scrip
         check,
         bug(script, "final_number", 'if "#" in text', "if text"),  # anywhere
         bug(script, "final_number", "rpartition", "partition"),  # after the first marker
-        bug(script, "final_number", "if len(numbers) == 1", "if numbers"),  # the first of several guesses
+        bug(script, "final_number", "if len(words) == 1", "if words"),  # the first of several guesses
         bug(script, "reward", 'number == final_number("#" + answer)', "answer in completion"),
     )

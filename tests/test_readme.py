@@ -13,7 +13,7 @@ import tyro
 
 import grpo
 import ppo
-from running import CI, curves, finish, start
+from running import CI, curves, finish, slow, start
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -138,7 +138,7 @@ def train_copy(folder: Path, script: str, text: str, steps: int) -> dict[str, li
     return curves("a")
 
 
-@pytest.mark.parametrize("script", ["grpo", "ppo"])
+@pytest.mark.parametrize("script", ["grpo", pytest.param("ppo", marks=slow)])
 def test_the_worked_example_trains_in_place_of_the_block_that_it_replaces(script, tmp_path, monkeypatch):
     """For two steps; in the CI profile it also learns. Nothing outside of the block knows the task."""
     before, _, rest = FILES[f"{script}.py"].partition("# ============================ CHANGE THIS")
@@ -161,6 +161,7 @@ def test_the_trained_model_is_loaded_and_prompted_as_it_is_shown(tmp_path, monke
     assert "38+57=" in finish(start([sys.executable, "load.py"]))
 
 
+@slow
 def test_process_supervision_trains_in_place_of_the_lines_that_it_replaces(tmp_path, monkeypatch):
     lines = FILES["grpo.py"].splitlines(keepends=True)
     replaced = [i for i, line in enumerate(lines) if line.startswith("        advantages = ")]
