@@ -362,6 +362,7 @@ def completion_logprobs(policy: nn.Module, batch: Batch, temperature: float) -> 
     inputs, before, tokens, is_token = pack_rows(batch, policy.dtype)
     # Only the states that predict a completion token reach the output layer: no logits of prompts are computed.
     logits = policy(**inputs, use_cache=False, logits_to_keep=before).logits                # (R, K, V)
+    assert logits.shape[:2] == tokens.shape, "the model ignores logits_to_keep"
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # at -6 nats, bfloat16 moves in steps of 0.03
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # (R, K, V)
     logprobs = logp.gather(2, tokens[..., None])[..., 0]                                    # (R, K)
@@ -664,7 +665,7 @@ def as_user_error(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = f"the field {error} is missing" if isinstance(error, KeyError) else error
+        reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error) or repr(error)
         raise UserError(f"{what}: {reason}") from None
 
 
@@ -837,44 +838,57 @@ MAX_LOGITS = {"cpu": 2**25, "accelerator": 2**28}
 @torch.no_grad()
 def longest_shared_row(policy: nn.Module, problems: list, args: Args) -> int:
     """The most tokens of a row in which several completions share their prompt; 0 where the model cannot do that, such
-    as one with linear attention. Tried in float32: three completions that fill such a row must have the
-    log-probabilities that they have alone.
+    as one with linear attention.
 
     Sharing saves prompts, but every token is compared with its whole row: in a row of L tokens, a layer of hidden size
     H does about 2 H (6 H + L) multiplications a token. With prompts of p tokens, a row of sqrt(p (6 H + p)) completion
     tokens costs least; half as many again cost little more.
     """
-    config = policy.config.get_text_config()
-    prompt = sum(len(ids) for ids, _ in problems) // len(problems)
-    longest = prompt + math.ceil(1.5 * math.sqrt(prompt * (6 * config.hidden_size + prompt)))
-    for name in ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size"):
-        longest = min(longest, getattr(config, name, None) or longest)  # a longer row could be wrong
-    prompt = max(1, min(prompt, longest // 3))
-    width = max(1, (longest - prompt) // 2)
-    lengths = torch.tensor([[width - width // 3], [width], [width // 3]]).clamp(min=1)      # (3, 1), together 2 widths
-    mask = (torch.arange(width) < lengths)[None]                                            # (1, 3, width)
-    ids = torch.randint(config.vocab_size, (1, 4, longest), generator=seed_step(0, 0))
-    batch = Batch(ids[:, 0, :prompt], ids[:, 0, :prompt] >= 0, ids[:, 1:, :width], mask, mask.float())
-    batch = Batch(*(x if x is None else x.to(policy.device) for x in batch))
-
-    def try_out(batch: Batch, share_prompt: bool) -> Tensor:
-        """Sample two tokens for each completion, for errors only. Returns its log-probabilities, (3 width,)."""
-        uniforms = torch.full((*batch.completion_ids.shape[:2], 2), 0.5)
-        generate_completions(policy, *batch[:2], uniforms, 1.0, torch.tensor([-1], device=policy.device), share_prompt)
-        return completion_logprobs(policy, batch, 1.0)[0].flatten()
-
     with as_user_error(f"--model {args.model} cannot be trained here"):
-        alone = try_out(batch.repack(1), share_prompt=False)
+        config, prompt = policy.config.get_text_config(), sum(len(ids) for ids, _ in problems) // len(problems)
+        longest = prompt + math.ceil(1.5 * math.sqrt(prompt * (6 * config.hidden_size + prompt)))
+        for name in ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size"):
+            limit = getattr(config, name, None) or -1  # which some models have for none
+            longest = min(longest, limit) if limit > 0 else longest  # a longer row could be wrong
+        prompt = max(1, min(prompt, longest // 3))
+        width = max(1, (longest - prompt) // 2)
+        alone = try_out(policy, prompt, width, completions_per_row=1)
+    if not args.share_prompt:
+        return 0
     try:
-        gap = (try_out(batch, share_prompt=True) - alone).abs().max().item() if args.share_prompt else 0.0
+        gap = (try_out(policy, prompt, width, completions_per_row=3) - alone).abs().max().item()
         reason = "" if gap < 1e-3 else f"its log-probabilities would be off by {gap:.2g} nats"
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # anything that a model can raise which was not made for this
-        reason = str(error)
+        reason = str(error) or repr(error)
     if reason:
         say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
-    return 0 if reason or not args.share_prompt else longest
+    return 0 if reason else longest
+
+
+def try_out(policy: nn.Module, prompt: int, width: int, completions_per_row: int) -> Tensor:
+    """The log-probabilities, (3, width), of three random completions, together of 2 `width` tokens, to a prompt of
+    `prompt` tokens. A model that looks ahead, or samples differently from how it scores, raises a ValueError."""
+    vocab_size, device, generator = policy.config.get_text_config().vocab_size, policy.device, seed_step(0, 0)
+    lengths = torch.tensor([[width - width // 3], [width], [width // 3]]).clamp(min=1)      # (3, 1)
+    ids = torch.randint(vocab_size, (1, 4, prompt + width), generator=generator).to(device)
+    ids[..., 0] = ids[0, 0, 0]  # the completions begin alike, so their first log-probabilities are one number
+    prompt_ids = ids[:, 0, :prompt]                                                         # (1, prompt)
+    mask = (torch.arange(width) < lengths)[None].to(device)                                 # (1, 3, width)
+    batch = Batch(prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool), ids[:, 1:, :width], mask, mask.float())
+    logprobs = completion_logprobs(policy, batch.repack(completions_per_row), 1.0)[0].view(3, width)
+    if not logprobs[:, 0].max() - logprobs[:, 0].min() < 1e-3:
+        raise ValueError("its predictions depend on later tokens, so it is no causal language model")
+    prompts = pad_prompts([prompt_ids[0, :n].tolist() for n in (prompt, max(1, prompt // 2))], device)
+    uniforms = torch.rand((2, 2, min(width, 8)), generator=generator)
+    eos_ids = torch.arange(0, vocab_size, 8, device=device)  # so many that some completions end early
+    sampled = generate_completions(policy, *prompts, uniforms, 1.0, eos_ids, share_prompt=completions_per_row > 1)
+    scored, _ = completion_logprobs(policy, Batch(*prompts, *sampled).repack(min(2, completions_per_row)), 1.0)
+    gap = (scored.view_as(sampled[2]) - sampled[2]).abs().max().item()
+    if not gap < 0.01:
+        raise ValueError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats")
+    return logprobs
 
 
 def completions_per_row(batch: Batch, row_tokens: int) -> int:
