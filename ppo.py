@@ -201,7 +201,8 @@ def final_number(text: str) -> Decimal | None:
 
 
 def reward(completion: str, answer: str) -> float:
-    """r_i: 1 if the completion's final number is the answer's, else 0. The text is parsed, never evaluated."""
+    """r_i: 1 if the completion's final number is the answer's, else 0. The text is parsed, never evaluated.
+    It comes without special tokens; `decode` keeps them with skip_special_tokens=False."""
     number = final_number(completion)
     return float(number is not None and number == final_number("#" + answer))
 

@@ -176,7 +176,7 @@ def check(family: str, special: dict) -> tuple[str, float, str]:
     truth, of_token = one_by_one(model, batch), batch.completion_mask
     gaps, all_finite = {"sampled": (batch.sampler_logprobs - truth)[of_token].abs()}, True
     for name, one in (("", batch), ("begun ", batch._replace(completion_mask=of_token & begun))):
-        for C in (C for C in (1, 2, 4) if C <= grpo.completions_per_row(one, longest)):
+        for C in (C for C in (1, 2, 4) if grpo.completions_per_row(one, longest) >= C):
             with torch.no_grad():
                 scored = grpo.completion_logprobs(model, one.repack(C), 1.0)[0].view_as(truth)
             gaps[f"{name}{C} a row"] = (scored - truth)[one.completion_mask].abs()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import grpo
 from families import NOT_SHARING, SHARING, VOCAB, make_model
@@ -150,6 +151,24 @@ def test_sharing_is_refused_with_a_sentence_where_it_is_wrong(family, monkeypatc
     longest, (said,) = ask(make_model(family, torch.float32, **NOT_SHARING[family]), monkeypatch)
     assert longest == 0
     assert said.startswith("This model cannot share a prompt among its completions")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "special", "says"),
+    [
+        ("mamba", {}, "has no attribute 'past_key_values'"),
+        ("bert", {}, "its predictions depend on later tokens, so it is no causal language model"),
+        ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48), "nats"),
+        ("blt", {}, "has no attribute 'hidden_size'"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_here_is_refused_in_a_sentence(family, special, says, monkeypatch):
+    """tests/sweep_families.py goes over all families."""
+    config = AutoConfig.for_model(family) if family == "blt" else None
+    model = SimpleNamespace(config=config) if config else make_model(family, torch.float32, **special)
+    with pytest.raises(grpo.UserError, match=rf"^--model x cannot be trained here: .*{says}"):
+        ask(model, monkeypatch)
 
 
 def test_a_window_that_is_counted_by_place_in_the_row_is_seen_or_never_reached(monkeypatch):
