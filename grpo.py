@@ -19,27 +19,27 @@ mean; the KL pulls it back to the reference policy, which still writes the langu
     G, mu        group_size, update_epochs        completions per prompt; passes over them per step
     q            prompt_ids          (B, P)       B prompts of at most P tokens, left-padded
     o_i          completion_ids      (B, G, T)    completions of at most T tokens, right-padded
-    |o_i|        completion_mask     (B, G, T)    true through the EOS token, by length: EOS is trained too
-    r_i          rewards             (B, G)       what the task pays for a completion
-    A_{i,t}      advantages          (B, G, T)    in standard deviations of the group (of reward with scale "none")
+    |o_i|        completion_mask     (B, G, T)    true up to and including the EOS token, which is trained too
+    r_i          rewards             (B, G)       the reward of a completion
+    A_{i,t}      advantages          (B, G, T)    in standard deviations of the group (scale "none": as rewards)
     pi_theta     logprobs            (B, G, T)    log pi_theta(o_{i,t} | q, o_{i,<t}) at the sampling temperature, nats
     pi_old       old_logprobs        (B, G, T)    the same under the weights that sampled
     pi_ref       ref_logprobs        (B, G, T)    the same under the reference policy, which is frozen
     w_{i,t}      ratio               (B, G, T)    pi_theta / pi_old
     D_KL         kl                  (B, G, T)    k3 = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1 by default, nats
-    1/G 1/|o_i|  weights             (B, G, T)    the weight of a token in the loss
+    1/(BG|o_i|)  weights             (B, G, T)    the weight of a token in the loss
     eps, beta    clip_eps, beta      scalar       clip range of the ratio; weight of the KL
 
 Differs from the papers, each marked "Differs" where it happens: the std is the sample one plus 1e-4 (advantage.py);
 DAPO's token mean runs over all groups at once; the reference stays the initial policy unless --ref-refresh-every asks
 for iterative GRPO; with several updates per step, pi_old is computed by the trainer's own forward pass, so that the
-first ratio is exactly 1; a constant learning rate and gradient clipping, about which the paper says nothing.
+first ratio is exactly 1; the learning rate is constant and the gradient is clipped (the paper states neither).
 
     python grpo.py                                     a tiny model learns two-digit addition, without any download
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data test.jsonl --max-new-tokens 512
 
 To use it for a task of your own, copy this file with advantage.py and kl.py and change the block marked CHANGE THIS.
-What stands below the banner PLUMBING (files, processes, checkpoints) is not part of the algorithm.
+The code below the banner PLUMBING (files, processes, checkpoints) is not part of the algorithm.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class Args:
     data: str = str(TINY / "train.jsonl")
     """training problems, JSON lines with "question" or "prompt" (text or chat messages) and "answer" """
     eval_data: str = str(TINY / "test.jsonl")
-    """held-out problems in the same format; for a --data of your own, by default a tenth of it, at most 256"""
+    """held-out problems in the same format; if only --data is set, a random tenth of it, at most 256"""
     num_prompts: int = 32
     """B: prompts per step"""
     group_size: int = 8
@@ -107,9 +107,9 @@ class Args:
     num_minibatches: int = 1
     """optimizer updates per pass"""
     learning_rate: float | None = None
-    """of AdamW; by default 5e-4 for the tiny model, else 1e-6 (DeepSeekMath 4.2)"""
+    """AdamW's learning rate; default: 5e-4 for the tiny model, 1e-6 for others (DeepSeekMath 4.2)"""
     max_grad_norm: float = 1.0
-    """gradient clipping: a gradient of larger norm is scaled down to this norm"""
+    """gradient clipping: gradients with a larger norm are scaled down to this norm"""
     # The loss
     beta: float = 0.04
     """weight of the KL from the reference policy (DeepSeekMath 4.2); 0 loads no reference policy"""
@@ -124,7 +124,7 @@ class Args:
     clip_eps: float = 0.2
     """eps: the ratio is clipped to [1 - eps, 1 + eps] (PPO Eq. 7, DeepSeekMath Eq. 3)"""
     clip_eps_high: float | None = None
-    """the upper eps where it differs (DAPO's clip-higher: 0.28)"""
+    """upper eps, if different from the lower one (DAPO's clip-higher: 0.28)"""
     ratio_level: Literal["token", "sequence"] = "token"
     """"sequence": one ratio per completion, the geometric mean over its tokens (GSPO Eq. 7; clip about 4e-4)"""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
@@ -137,38 +137,38 @@ class Args:
     """leave completions without an EOS token out of the loss (DAPO's overlong filtering)"""
     # The machine
     share_prompt: bool = True
-    """compute a prompt once for its group, in sampling and in the update; turned off for models that cannot do it"""
+    """compute each prompt once per group, in sampling and in the update; off if the model does not support it"""
     micro_batch_tokens: int = 8192
-    """most tokens, padding included, in one forward pass of the update; changes the gradient by rounding only"""
+    """maximum tokens, with padding, in one forward pass of the update; changes gradients only by rounding"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass instead of storing them: less memory, a third slower"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the computation, over float32 weights; auto: bfloat16 where it is fast, for models over 10 M parameters"""
+    """compute dtype; weights stay float32; auto: bfloat16 if it is fast and the model has over 10 M parameters"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: the first of cuda, mps and cpu that is available"""
     # The run
     seed: int = 1
     """every random number of step s follows from (seed, s)"""
     run_name: str | None = None
-    """the run lives in runs/RUN_NAME; by default named after the script, the model, the seed and the time"""
+    """the run is kept in runs/RUN_NAME; default name: script, model, seed and time"""
     resume: str | None = None
-    """"auto" resumes the run RUN_NAME from its checkpoint; else the path of a checkpoint.pt"""
+    """"auto": resume RUN_NAME from its checkpoint, if it has one; or the path of a checkpoint.pt"""
     save_every: int = 50
     """steps between checkpoints; 0: only at the end"""
     eval_every: int = 20
-    """steps between evaluations on the held-out problems; 0: never, not even before and after"""
+    """steps between evaluations on the held-out problems; 0: never, not even at the start and end"""
 
 
 # ============================ CHANGE THIS: the task =============================
-# A task is a file of problems, how to read a line of it, and a reward. The algorithm below knows nothing else about it.
+# A task is a file of problems, a function that reads one line of it, and a reward. The algorithm needs nothing else.
 # Here the final number, after the marker "#", must be the right one. GSM8K's own files are in this format.
 
 INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 
 
 def read_problem(record: dict) -> tuple[str | list[dict[str, str]], str]:
-    """One line of --data, as a prompt (text, or chat messages with "role" and "content") and an answer of any type that
-    `reward` takes. A "prompt" is used as it is; a bare "question" gets the instruction."""
+    """Read a line of --data: a prompt (text, or chat messages with "role" and "content") and an answer for `reward`.
+    A "prompt" is used unchanged; to a "question" the instruction is added."""
     prompt = record["prompt"] if "prompt" in record else record["question"] + INSTRUCTION
     if not isinstance(record["answer"], str) or final_number("#" + record["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
@@ -176,7 +176,7 @@ def read_problem(record: dict) -> tuple[str | list[dict[str, str]], str]:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The one number after the last "#", a word of its own, else None: a list of guesses is no answer."""
+    """The number after the last "#", or None if there is not exactly one: a list of guesses is not an answer."""
     words = text.replace("\N{MINUS SIGN}", "-").rpartition("#")[2].split() if "#" in text else []
     words = [word.lstrip("*(").rstrip("*).,;:!?%") for word in words if re.search("[0-9]|^-$", word)]
     word = words[0].replace("$", "", 1) if len(words) == 1 else ""
@@ -186,7 +186,7 @@ def final_number(text: str) -> Decimal | None:
 
 def reward(completion: str, answer: str) -> float:
     """r_i: 1 if the completion's final number is the answer's, else 0. The text is parsed, never evaluated.
-    It comes without special tokens; `decode` keeps them with skip_special_tokens=False."""
+    It has no special tokens; to keep them, set skip_special_tokens=False in `decode`."""
     number = final_number(completion)
     return float(number is not None and number == final_number("#" + answer))
 
@@ -201,7 +201,7 @@ class Batch(NamedTuple):
     prompt_mask: Tensor         # (R, P), bool, true on the tokens
     completion_ids: Tensor      # (R, C, T), right-padded
     completion_mask: Tensor     # (R, C, T), bool, true through the EOS token
-    sampler_logprobs: Tensor    # (R, C, T), as sampled, possibly in bfloat16: only a check of old_logprobs
+    sampler_logprobs: Tensor    # (R, C, T), from the sampler, perhaps in bfloat16; only used to check old_logprobs
     old_logprobs: Tensor | None = None  # (R, C, T), and so are all below
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
@@ -212,7 +212,7 @@ class Batch(NamedTuple):
         return Batch(*(x if x is None else x[index] for x in self))
 
     def repack(self, completions_per_row: int) -> "Batch":
-        """C smaller, R larger: the same completions in the same order, each prompt in as many rows as it needs."""
+        """The same completions in the same order, with fewer per row. Prompts are repeated as needed."""
         repeats = self.completion_ids.shape[1] // completions_per_row
         prompts = (x.repeat_interleave(repeats, 0) for x in self[:2])
         return Batch(*prompts, *(x if x is None else x.reshape(-1, completions_per_row, x.shape[2]) for x in self[2:]))
@@ -249,11 +249,11 @@ def generate_completions(
 
     Args:
         prompt_ids, prompt_mask: (B, P), left-padded; the mask is true on the tokens.
-        uniforms: (B, G, T), a random number for every token, drawn in advance: what a completion samples depends
-            neither on the other rows nor on the process that runs it. eos_ids: (E,).
-        share_prompt: False runs every completion with a prompt of its own, and finished ones on to the end.
+        uniforms: (B, G, T), one random number per token, drawn in advance, so that a completion does not depend on the
+            other rows or on the process that samples it. eos_ids: (E,).
+        share_prompt: False gives every completion its own copy of the prompt, and never drops finished rows.
 
-    Returns: completion_ids, completion_mask, logprobs: (B, G, T), T now the longest that was sampled.
+    Returns: completion_ids, completion_mask, logprobs: (B, G, T), where T is now the length of the longest completion.
     """
     (num_prompts, group_size, max_new_tokens), device = uniforms.shape, prompt_ids.device
     # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
@@ -304,7 +304,7 @@ def pack_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tens
 
     Returns:
         inputs: of the model, input_ids (R, L) and, where C > 1, position_ids (R, L) and attention_mask (R, 1, L, L).
-        before: (R, K), for each completion token of a row, the place of the state s_t = (q, o_{<t}) that predicts it.
+        before: (R, K), for each completion token, the index in its row of the state s_t = (q, o_{<t}) that predicts it.
         tokens, is_token: (R, K), these tokens; is_token is false in the padding of rows with fewer than K of them.
     """
     (_, completions_per_row, width), device = batch.completion_ids.shape, batch.prompt_ids.device
@@ -316,7 +316,7 @@ def pack_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tens
     lengths = batch.prompt_mask.sum(1, keepdim=True)                                        # (R, 1), |q|
     t = torch.arange(width, device=device).repeat(completions_per_row)                      # (C T,)
     position = torch.cat([batch.prompt_mask.cumsum(1) - 1, lengths + t], 1)                 # (R, P + C T)
-    # A token is predicted one place before its own, the first token of each completion at the end of the prompt.
+    # A token is predicted at the index before its own; the first token of a completion at the end of the prompt.
     place = mask.cumsum(1)[:, -len(t) :] - 1                                                # (R, C T), in the row
     before = torch.where(t == 0, lengths, place) - 1                                        # (R, C T)
 
@@ -325,7 +325,7 @@ def pack_rows(batch: Batch, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tens
         return pad_sequence(x[mask].split(mask.sum(1).tolist()), batch_first=True)
 
     ids, segment, position = (compact(x, mask) for x in (ids, segment, position))           # (R, L)
-    inputs = {"input_ids": ids}  # alone in a row, a completion needs no more: the padding comes after it
+    inputs = {"input_ids": ids}  # one completion per row needs nothing else: its padding is on the right
     if completions_per_row > 1:
         visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (R, query L, key L)
         visible = (visible & torch.ones_like(visible[0]).tril())[:, None]                   # (R, 1, L, L)
@@ -365,14 +365,14 @@ def completion_logprobs(policy: nn.Module, batch: Batch, temperature: float) -> 
 def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int) -> Tensor:
     """The weight of each token in the loss: (..., T), 0 in the padding.
 
-    Computed for the whole batch of N completions and only then cut into micro-batches, whose losses and gradients
-    therefore add up to those of the batch, however it is cut.
+    The weights are computed over the whole batch of N completions. The losses and gradients of micro-batches therefore
+    add up to those of the batch, however it is split.
 
         "sequence"  1/N 1/|o_i|               every completion counts the same (DeepSeekMath Eqs. 1 and 3)
         "token"     1 / sum_i |o_i|           every token counts the same, so long completions count more (DAPO Eq. 8)
         "constant"  1 / (N max_new_tokens)    a constant instead of |o_i|: no bias by length (Dr. GRPO)
     """
-    # Differs: DAPO averages the tokens of one group, then groups; here, as is usual, those of all groups at once.
+    # Differs: DAPO averages over the tokens of a group, then over groups. Here, as is usual, over all tokens at once.
     mask = completion_mask.float()                                                          # (..., T)
     num_completions = mask[..., 0].numel()
     if loss_average == "sequence":
@@ -457,12 +457,12 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta
         last = step == args.num_steps or all_sum(torch.tensor(stop.is_set(), device=device, dtype=torch.long)) > 0
         if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
-            run.log(evaluate(sampler, tokenizer, held_out, eos_ids, row_tokens > 0, args, run))
+            run.log(evaluate(run, sampler, held_out, eos_ids, row_tokens > 0))
         if last or (args.save_every and step % args.save_every == 0):
-            run.save()
+            run.save(last)
         if last:
             break
-        # Differs: Algorithm 1 always has this outer loop; here it is asked for.
+        # Differs: Algorithm 1 always has this outer loop; here it is optional.
         if ref_policy and args.ref_refresh_every and step and step % args.ref_refresh_every == 0:
             ref_policy.load_state_dict(policy.state_dict())                                 # pi_ref <- pi_theta
         run.clock()
@@ -492,8 +492,8 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         batch = batch.repack(completions_per_row(batch, row_tokens))                         # (R, C, T)
         minibatches = split_batch(batch, has_signal, policy.config.get_text_config().vocab_size, args)
         with torch.no_grad(), autocast:
-            # Differs: pi_old is never the sampler's. With one update per step it is pi_theta itself, else it is
-            # computed by the forward pass of the update, so that the first ratio is exactly 1.
+            # Differs: pi_old never comes from the sampler. With one update per step it is pi_theta itself, else the
+            # forward pass of the update computes it, so that the first ratio is exactly 1.
             if not single_update or args.kl_placement == "reward":
                 old_logprobs = score_batch(completion_logprobs, policy, batch, minibatches, args.temperature)
                 batch = batch._replace(old_logprobs=old_logprobs)                           # (R, C, T)
@@ -509,7 +509,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
             penalised = rewards - args.beta * kl.sum(-1).view_as(rewards)                   # (B, G)
         advantages = group_advantages(penalised, args.advantage_scale, args.advantage_baseline)  # (B, G)
         advantages = advantages.view(*batch.completion_ids.shape[:2], 1).expand_as(batch.completion_ids)  # (R, C, T)
-        # Over the whole batch, so that a token weighs the same in whichever minibatch it falls; a minibatch holds
+        # The weights are those of the whole batch, whichever minibatch a token is in. A minibatch holds
         # 1 / num_minibatches of the completions, hence the factor.
         weights = args.num_minibatches * loss_weights(batch.completion_mask, args.loss_average, args.max_new_tokens)
         batch = batch._replace(advantages=advantages, weights=weights)                      # (R, C, T)
@@ -570,7 +570,7 @@ MOST = {"clip_eps": 1}
 
 
 def check_args(args: Args) -> Args:
-    """Fill in what depends on other arguments, and refuse what cannot work."""
+    """Fill in defaults that depend on other arguments, and reject invalid values."""
     rates = {name: pair[args.model != Args.model] for name, pair in LEARNING_RATES.items()}
     args = replace(args, **{name: rate for name, rate in rates.items() if getattr(args, name) is None})
     if args.data != Args.data and args.eval_data == Args.eval_data:
@@ -590,12 +590,12 @@ def check_args(args: Args) -> Args:
 
 # ----- Problems: prompts, completions and rewards -----
 
-NO_CODE = {"trust_remote_code": False}  # code that comes with a model is not run, nor is the user asked to
+NO_CODE = {"trust_remote_code": False}  # never run code that comes with a model, and never ask
 
 
 def load_problems(args: Args) -> tuple[PreTrainedTokenizerBase, list[tuple], list[tuple]]:
     """The tokenizer, the training problems and the held-out problems, each problem as (prompt ids, answer)."""
-    with as_user_error(f"--model {args.model} is no model folder and no hub id in reach"):
+    with as_user_error(f"--model {args.model} is neither a model folder nor a reachable hub id"):
         tokenizer = AutoTokenizer.from_pretrained(args.model, **NO_CODE)
         config = AutoConfig.from_pretrained(args.model, **NO_CODE).get_text_config()
         limits = config.vocab_size, (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
@@ -627,13 +627,13 @@ def read_problems(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int
                     raise ValueError(f"the tokenizer has token {max(ids)}, the model only {vocab_size} tokens")
                 problems.append((ids, answer))
     if not problems:
-        raise UserError(f"{path} is empty: it must hold one JSON object a line")
+        raise UserError(f"{path} is empty: it must hold one JSON object per line")
     return problems
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Token ids, made once and never from text again. A chat template, where there is one, sets its own BOS; a last
-    turn of the assistant is continued. Special tokens written in a problem stay text."""
+    """Encode a prompt. If there is a chat template, it adds the BOS token, and a last message of the assistant is
+    continued. Special tokens in the text of a problem are encoded as plain text."""
     if isinstance(prompt, str) and tokenizer.chat_template is None:
         return tokenizer(prompt, split_special_tokens=True).input_ids
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -686,13 +686,11 @@ def compute_rewards(completions: list[str], answers: list, run: "Run") -> Tensor
 
 
 @torch.no_grad()
-def evaluate(
-    sampler: nn.Module, tokenizer: PreTrainedTokenizerBase, problems: list, eos_ids: Tensor, share_prompt: bool,
-    args: Args, run: "Run",
-) -> dict[str, float]:
+def evaluate(run: "Run", sampler: nn.Module, problems: list, eos_ids: Tensor, share_prompt: bool) -> dict[str, float]:
     """Mean reward on the held-out problems, greedy and sampled, and the mean length of the sampled completions. All
     completions are appended to completions.jsonl."""
-    (rank, _), own, size, metrics = world(), share(problems), args.num_prompts * args.group_size, {}
+    args, own, metrics = run.args, share(problems), {}
+    size = args.num_prompts * args.group_size
     shape = len(problems), 1, args.max_new_tokens
     uniforms = share(torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     for kind, name, temperature in (("greedy", "eval/accuracy", 0.0), ("sampled", "eval/sampled", args.temperature)):
@@ -702,17 +700,17 @@ def evaluate(
             ids, mask, _ = generate_completions(
                 sampler, *prompts, uniforms[i : i + size], temperature, eos_ids, share_prompt
             )
-            completions += decode(tokenizer, ids, mask)
+            completions += decode(run.tokenizer, ids, mask)
             num_tokens += mask.sum()
         rewards = compute_rewards(completions, [answer for _, answer in own], run)          # (problems,)
         totals = all_sum(torch.stack([rewards.sum(), num_tokens])) / len(problems)
-        metrics |= dict(zip((name, "eval/length"), totals.tolist(), strict=True))
+        metrics[name], metrics["eval/length"] = totals.tolist()
         rows = [
-            {"step": run.step, "kind": kind, "prompt": tokenizer.decode(ids), "completion": text, "answer": answer,
+            {"step": run.step, "kind": kind, "prompt": run.tokenizer.decode(ids), "completion": text, "answer": answer,
              "reward": r} for (ids, answer), text, r in zip(own, completions, rewards.tolist(), strict=True)
         ]
         rows = [*chain(*all_gather_objects(rows))]
-        if rank == 0:
+        if world()[0] == 0:
             with contextlib.suppress(OSError), (run.folder / "completions.jsonl").open("a") as file:
                 file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
         say("    {kind}, reward {reward:.2f}: {prompt}{completion}".format_map(rows[0])[-150:].replace("\n", " "))
@@ -740,7 +738,7 @@ def longest_shared_row(policy: nn.Module, problems: list, args: Args) -> int:
         config, prompt = policy.config.get_text_config(), sum(len(ids) for ids, _ in problems) // len(problems)
         longest = prompt + math.ceil(1.5 * math.sqrt(prompt * (6 * config.hidden_size + prompt)))
         for name in ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size"):
-            limit = getattr(config, name, None) or -1  # which some models have for none
+            limit = getattr(config, name, None) or -1  # some models use -1 for no limit
             longest = min(longest, limit) if limit > 0 else longest  # a longer row could be wrong
         prompt = max(1, min(prompt, longest // 3))
         width = max(1, (longest - prompt) // 2)
@@ -749,18 +747,19 @@ def longest_shared_row(policy: nn.Module, problems: list, args: Args) -> int:
         return 0
     try:
         gap = (try_out(policy, prompt, width, completions_per_row=3) - alone).abs().max().item()
-        reason = "" if gap < 1e-3 else f"its log-probabilities would be off by {gap:.2g} nats"
+        if gap < 1e-3:
+            return longest
+        reason = f"its log-probabilities would be off by {gap:.2g} nats"
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except Exception as error:  # anything that a model can raise which was not made for this
+    except Exception as error:  # a model without support can raise anything
         reason = str(error) or repr(error)
-    if reason:
-        say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
-    return 0 if reason else longest
+    say(f"This model cannot share a prompt among its completions, so each gets its own: {reason}.")
+    return 0
 
 
 def try_out(policy: nn.Module, prompt: int, width: int, completions_per_row: int) -> Tensor:
-    """The log-probabilities, (3, width), of three random completions, together of 2 `width` tokens, to a prompt of
+    """The log-probabilities, (3, width), of three random completions, 2 `width` tokens in total, to a prompt of
     `prompt` tokens. A model that looks ahead, or samples differently from how it scores, raises a ValueError."""
     vocab_size, device, generator = policy.config.get_text_config().vocab_size, policy.device, seed_step(0, 0)
     lengths = torch.tensor([[width - width // 3], [width], [width // 3]]).clamp(min=1)      # (3, 1)
@@ -917,7 +916,7 @@ def start(args: Args) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = accelerator if args.device == "auto" else torch.device(args.device)
     if device.type not in ("cpu", accelerator.type):
-        raise UserError(f"--device {args.device}: there is none on this machine")
+        raise UserError(f"--device {args.device}: not available on this machine")
     if "MASTER_ADDR" in os.environ and not dist.is_initialized():  # set by torchrun
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1014,6 +1013,7 @@ class Run:
 
     FREE = ("num_steps", "micro_batch_tokens", "gradient_checkpointing", "device", "run_name", "resume", "save_every",
             "eval_every")  # these arguments may change when a run is resumed
+
     def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase, problems: tuple, models: dict, betas: dict):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -1031,7 +1031,7 @@ class Run:
         if args.resume is not None and (os.path.exists(path) or args.resume != "auto"):
             self.load(path)
         if world()[0] == 0:
-            with as_user_error(f"the run cannot be kept in {self.folder} (to resume one: --resume auto)"):
+            with as_user_error(f"cannot write the run to {self.folder} (to resume a run: --resume auto)"):
                 self.folder.mkdir(parents=True, exist_ok=args.resume == "auto")
                 self.lock()
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
@@ -1067,7 +1067,9 @@ class Run:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
         now = time.perf_counter()
-        self.times, self.started = self.times | ({name: now - self.started} if name else {}), now
+        if name:
+            self.times[name] = now - self.started
+        self.started = now
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Add a point to every curve. Point s is measured after s steps of training."""
@@ -1095,7 +1097,7 @@ class Run:
             self.writer = None
             say(f"the curves end here, the run goes on: {error}")
 
-    def save(self) -> None:
+    def save(self, last: bool = False) -> None:
         """Write checkpoint.pt, to resume from, and policy/, in Hugging Face format, which no resume reads. A checkpoint
         is written beside, flushed and then renamed: a kill at any moment leaves a whole one."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -1117,9 +1119,9 @@ class Run:
                 self.tokenizer.save_pretrained(self.folder / "policy")
         except (OSError, RuntimeError) as error:  # a full disk can be either
             aside.unlink(missing_ok=True)  # half of a file would only fill the disk
-            if self.step == self.args.num_steps:
+            if last:
                 raise UserError(f"{self.folder} could not be saved: {error}") from None
-            say(f"{self.folder} could not be saved, the run goes on: {error}")
+            say(f"{self.folder} could not be saved: {error}")
         all_sum(torch.zeros((), device=self.device))  # the others wait for the one that writes
 
     def load(self, path: Path) -> None:
@@ -1133,7 +1135,7 @@ class Run:
             saved = torch.load(path, weights_only=True, map_location="cpu")
             pairs = {name: (saved["fixed"].get(name), now) for name, now in self.fixed.items()}
             if changed := [f"{name} was {old}, is {now}" for name, (old, now) in pairs.items() if old != now]:
-                raise ValueError(f"it is of a run with other arguments: {', '.join(changed)}")
+                raise ValueError(f"it belongs to a run with other arguments: {', '.join(changed)}")
             # Not strict: parameters that never had a gradient have no state.
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
             for name, (model, optimizer) in self.models.items():
@@ -1150,7 +1152,7 @@ class Run:
             self.writer.close()
         say(f"trained model after {self.step} steps: {self.folder / 'policy'}; curves: tensorboard --logdir runs")
         if self.step < self.args.num_steps:
-            say(f"to resume: the same command with --run-name {self.folder.name} --resume auto")
+            say(f"to resume, run the same command with --run-name {self.folder.name} --resume auto")
         return self.folder / "policy"
 
 
@@ -1165,7 +1167,7 @@ def main(args: Args) -> int:
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # not by print, which may be at work
-            os.write(2, b"\nfinishing this step, then saving; once more to leave at once\n")
+            os.write(2, b"\nfinishing this step, then saving; a second signal exits at once\n")
 
     try:
         if threading.current_thread() is threading.main_thread():
@@ -1178,9 +1180,9 @@ def main(args: Args) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if dist.is_initialized():
-        if not code or dist.get_backend() != "nccl":  # else that would wait for the others, who wait for us
+        if not code or dist.get_backend() != "nccl":  # otherwise it would wait for processes that wait for this one
             dist.destroy_process_group()
-        os._exit(code)  # at the interpreter's own end, a thread that gloo has left sometimes aborts it
+        os._exit(code)  # a normal exit sometimes aborts in a thread left over from gloo
     return code
 
 

@@ -317,7 +317,7 @@ def test_what_depends_on_other_flags_is_filled_in(script):
     assert filled(model="x", **dict.fromkeys(tiny, 0.5)) == {}
 
 
-@for_both(("--device cuda", "--device cuda: there is none"), ("--device mps", "--device mps: there is none"))
+@for_both(("--device cuda", "--device cuda: not available"), ("--device mps", "--device mps: not available"))
 def test_a_device_that_is_not_there_is_refused(script, flags, says, capsys, loaded):
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("there may be one")
@@ -335,7 +335,7 @@ SMALL = "--num-prompts 2 --max-new-tokens 4 --num-steps 1 --eval-every 0 --devic
     ("--data models", "cannot read models: [Errno 21] Is a directory"),
     ("--data good.jsonl --eval-data nothing.jsonl", "cannot read nothing.jsonl"),
     ("--data good.jsonl --eval-data empty.jsonl", "empty.jsonl is empty"),
-    ("--data empty.jsonl", "empty.jsonl is empty: it must hold one JSON object a line"),
+    ("--data empty.jsonl", "empty.jsonl is empty: it must hold one JSON object per line"),
     ("--data blank.jsonl", "blank.jsonl is empty"),
     ("--data cut.jsonl", "cut.jsonl, line 4: Unterminated string"),
     ("--data list.jsonl", "list.jsonl, line 3: list indices must be integers"),
@@ -377,19 +377,19 @@ TYPES = 'a prompt must be a text or a list of {"role": text, "content": text}'
     ("--data system.jsonl --model models/picky", "system.jsonl, line 1: user first"),
     ("--model models/broken_template", "good.jsonl, line 1: "),
     ("--model models/adding_template", "good.jsonl, line 1: "),
-    ("--model models/empty", "--model models/empty is no model folder"),
-    ("--model models/nowhere", "--model models/nowhere is no model folder and no hub id in reach"),
-    ("--model nobody/nothing", "--model nobody/nothing is no model folder and no hub id in reach"),
-    ("--model ../..", "--model ../.. is no model folder"),
-    ("--model good.jsonl", "--model good.jsonl is no model folder"),
-    ("--model ''", "--model is no model folder"),
-    ("--model models/no_config", "--model models/no_config is no model folder"),
+    ("--model models/empty", "--model models/empty is neither a model folder"),
+    ("--model models/nowhere", "--model models/nowhere is neither a model folder nor a reachable hub id"),
+    ("--model nobody/nothing", "--model nobody/nothing is neither a model folder nor a reachable hub id"),
+    ("--model ../..", "--model ../.. is neither a model folder"),
+    ("--model good.jsonl", "--model good.jsonl is neither a model folder"),
+    ("--model ''", "--model is neither a model folder"),
+    ("--model models/no_config", "--model models/no_config is neither a model folder"),
     ("--model models/broken_config", "is not a valid JSON file"),
-    ("--model models/list_config", "--model models/list_config is no model folder"),
+    ("--model models/list_config", "--model models/list_config is neither a model folder"),
     ("--model models/unknown_type", "`nothing_of_the_kind`"),
     ("--model models/wrong_config", "'hidden_size' expected int"),
-    ("--model models/no_tokenizer", "--model models/no_tokenizer is no model folder"),
-    ("--model models/broken_tokenizer", "--model models/broken_tokenizer is no model folder"),
+    ("--model models/no_tokenizer", "--model models/no_tokenizer is neither a model folder"),
+    ("--model models/broken_tokenizer", "--model models/broken_tokenizer is neither a model folder"),
     ("--model models/fewer_ids", "good.jsonl, line 1: the tokenizer has token "),
     ("--model models/no_text", "--model models/no_text"),
 )
@@ -408,8 +408,8 @@ def test_bad_prompts_and_models_are_refused_before_weights_are_loaded(script, fl
     ("--model models/no_end", "--model models/no_end cannot be loaded: it has no EOS token"),
     ("--model models/text_end", "--model models/text_end"),
     ("--model models/pickled_weights", "models/pickled_weights cannot be loaded: Weights only load failed."),
-    (f"--model models/good --run-name {'x' * 300}", "the run cannot be kept in runs/xxx"),
-    ("--model models/good --run-name file --resume auto", "the run cannot be kept in runs/file (to resume one"),
+    (f"--model models/good --run-name {'x' * 300}", "cannot write the run to runs/xxx"),
+    ("--model models/good --run-name file --resume auto", "cannot write the run to runs/file (to resume a run"),
     (f"--model models/good --run-name {'x' * 300} --resume auto", "runs/xxx"),
     (f"--model models/good --resume {'x' * 300}", f"{'x' * 300} cannot be loaded: [Errno 36] File name too long"),
     ("--model models/good --resume nowhere", "nowhere cannot be loaded: [Errno 2] No such file"),
@@ -536,14 +536,14 @@ class TestRuns:
         for resume in ("", f"--resume runs/{script.__name__}/checkpoint.pt"):
             said = refusal(script, f"{again} --run-name {script.__name__} {resume}", capsys)
             folder = f"runs/{script.__name__}"
-            assert f"cannot be kept in {folder} (to resume one: --resume auto): [Errno 17] File exists" in said
+            assert f"cannot write the run to {folder} (to resume a run: --resume auto): [Errno 17] File exists" in said
             assert state() == before
 
     def test_every_changed_argument_is_listed(self, script, again, capsys):
         changed = f"{again} --seed 7 --learning-rate 0.5 --temperature 0.9 --max-new-tokens 3 --kl-estimator k2"
         changed += " --eval-data good.jsonl"  # what was held out would be trained on
         said = refusal(script, f"{changed} --run-name {script.__name__} --resume auto", capsys)
-        assert f"runs/{script.__name__}/checkpoint.pt cannot be loaded: it is of a run with other arguments: --" in said
+        assert f"runs/{script.__name__}/checkpoint.pt cannot be loaded: it belongs to a run with other arguments: --" in said
         *flags, problems = said.split("other arguments: ")[1].split(", hash of the problems was ")
         assert set(f", {flags[0]}".split(", --")[1:]) == {
             "max-new-tokens was 4, is 3", "temperature was 1.0, is 0.9", "learning-rate was 1e-06, is 0.5",
@@ -557,7 +557,7 @@ class TestRuns:
         Path("good.jsonl").unlink()
         Path("good.jsonl").write_bytes(DATA["good"].replace(b"2", b"3", 1))
         said = refusal(script, f"{again} --run-name {script.__name__} --resume auto", capsys)
-        assert "is of a run with other arguments: hash of the problems was " in said
+        assert "belongs to a run with other arguments: hash of the problems was " in said
 
     def test_another_model_under_the_same_name_is_refused(self, script, again, capsys):
         Path("models").unlink()
@@ -592,7 +592,7 @@ class TestRuns:
         run = SimpleNamespace(models={}, betas={}, fixed={"script": script.__name__})
         script.Run.load(run, path)
         run.fixed["--new"] = 1
-        with pytest.raises(script.UserError, match="is of a run with other arguments: --new was None, is 1"):
+        with pytest.raises(script.UserError, match="belongs to a run with other arguments: --new was None, is 1"):
             script.Run.load(run, path)
         with zipfile.ZipFile(path) as file:
             records = [(info.filename, info.header_offset, info.file_size) for info in file.infolist()]

@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_a_checkpoint_may_begin_another_run(script, capsys):
 def test_a_run_is_not_written_over(script, capsys):
     run(script, capsys, num_steps=2)
     before = CHECKPOINT.read_bytes()
-    refused = "the run cannot be kept in runs/a (to resume one: --resume auto): [Errno 17] File exists"
+    refused = "cannot write the run to runs/a (to resume a run: --resume auto): [Errno 17] File exists"
     assert refused in run(script, capsys, 2)
     assert refused in run(script, capsys, 2, resume=str(CHECKPOINT))
     assert CHECKPOINT.read_bytes() == before
@@ -197,9 +198,8 @@ def test_two_processes_do_not_resume_one_run_at_the_same_time(script, capsys):
     more = dict(value_warmup_steps=0) if script is ppo else {}
     with start(command(script.__name__, slow, run_name="a", num_steps=1000, resume="auto", **more)) as process:
         wait_until(lambda: len(curves("a")["reward/mean"]) > 1)
-        assert "cannot be kept in runs/a (to resume one: --resume auto): another process is training in it" in run(
-            script, capsys, 2, resume="auto"
-        )
+        said = run(script, capsys, 2, resume="auto")
+        assert "runs/a (to resume a run: --resume auto): another process is training in it" in said
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         run(script, capsys, num_steps=2, resume="auto")  # a kill opens the lock
@@ -243,7 +243,7 @@ def test_a_second_signal_leaves_at_once(folder, number):
         process.send_signal(number)
         said, _ = process.communicate(timeout=20)  # the step would take minutes
     assert process.returncode == -number, said
-    assert "once more to leave at once" in said
+    assert "a second signal exits at once" in said
 
 
 # ----- A full disk, a folder that cannot be written -----
@@ -274,6 +274,13 @@ def test_a_full_disk_at_the_last_save_keeps_the_checkpoint_before(script, capsys
     assert_same_run("whole", "a")
 
 
+def test_a_run_that_is_stopped_and_cannot_be_saved_says_so(script):
+    stop = threading.Event()
+    stop.set()
+    with full_disk(50_000), pytest.raises(script.UserError, match="^runs/a could not be saved: "):
+        script.train(arguments(script), stop)
+
+
 def test_a_save_that_failed_leaves_nothing_behind_on_the_full_disk(script, capsys):
     with full_disk(50_000):
         run(script, capsys, 2)
@@ -294,7 +301,7 @@ def test_a_full_disk_at_a_save_on_the_way_does_not_end_the_run(script, capsys, m
     monkeypatch.setattr(script, "reward", filling)
     with full_disk(before[0]):
         said = run(script, capsys, save_every=1)
-    assert said.count("runs/a could not be saved, the run goes on: ") == 2  # after two and after three steps
+    assert said.count("runs/a could not be saved: ") == 2  # after two and after three steps
     assert_same_run("whole", "a")
     assert not ASIDE.exists()
 
@@ -321,7 +328,7 @@ def test_a_full_disk_ends_the_curves_not_the_run(script, capsys, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_told_before_training(script, capsys, monkeypatch, place):
     monkeypatch.setattr(script, "next_problems", None)  # whoever trains fails
     Path("runs").write_text("") if place == "a file" else Path("runs").mkdir(mode=0o500)
-    assert "the run cannot be kept in runs/a (to" in run(script, capsys, 2)
+    assert "cannot write the run to runs/a (to" in run(script, capsys, 2)
 
 
 # ----- Damaged checkpoints -----

@@ -246,7 +246,7 @@ def test_sigterm_to_torchrun_finishes_the_step_and_saves(folder, name):
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=100)
     assert "finishing this step, then saving" in said
-    assert "to resume: the same command with --run-name a --resume auto" in said
+    assert "to resume, run the same command with --run-name a --resume auto" in said
     assert [step for step, _ in curves("a")["reward/mean"]] == [*range(saved("a")["step"])]
 
 

@@ -226,8 +226,8 @@ def test_a_signal_finishes_the_step_saves_and_leaves(script, number, monkeypatch
     monkeypatch.setattr(script, "reward", signalling)
     assert script.main(small(script, "a", num_steps=100)) == 0
     said = capfd.readouterr().err
-    assert "finishing this step, then saving; once more to leave at once" in said
-    assert "to resume: the same command with --run-name a --resume auto" in said
+    assert "finishing this step, then saving; a second signal exits at once" in said
+    assert "to resume, run the same command with --run-name a --resume auto" in said
     assert len(calls) == 32
     assert saved("a")["step"] == 2
     assert [step for step, _ in curves("a")["reward/mean"]] == [0, 1]
