@@ -543,7 +543,7 @@ class TestRuns:
         changed = f"{again} --seed 7 --learning-rate 0.5 --temperature 0.9 --max-new-tokens 3 --kl-estimator k2"
         changed += " --eval-data good.jsonl"  # what was held out would be trained on
         said = refusal(script, f"{changed} --run-name {script.__name__} --resume auto", capsys)
-        assert f"runs/{script.__name__}/checkpoint.pt cannot be loaded: it belongs to a run with other arguments: --" in said
+        assert "/checkpoint.pt cannot be loaded: it belongs to a run with other arguments: --" in said
         *flags, problems = said.split("other arguments: ")[1].split(", hash of the problems was ")
         assert set(f", {flags[0]}".split(", --")[1:]) == {
             "max-new-tokens was 4, is 3", "temperature was 1.0, is 0.9", "learning-rate was 1e-06, is 0.5",

@@ -277,7 +277,7 @@ def test_a_full_disk_at_the_last_save_keeps_the_checkpoint_before(script, capsys
 def test_a_run_that_is_stopped_and_cannot_be_saved_says_so(script):
     stop = threading.Event()
     stop.set()
-    with full_disk(50_000), pytest.raises(script.UserError, match="^runs/a could not be saved: "):
+    with full_disk(50_000), pytest.raises(script.UserError, match=r"^runs/a could not be saved: "):
         script.train(arguments(script), stop)
 
 

@@ -497,8 +497,8 @@ def test_pitfall_18_the_very_ids_that_were_sampled_are_trained(script, run, monk
         def rows(ids, mask):
             return {tuple(row[kept].tolist()) for row, kept in zip(ids.flatten(0, 1), mask.flatten(0, 1), strict=True)}
 
-        def generate_and_note(*args):
-            found = generate(*args)
+        def generate_and_note(*args, **how):
+            found = generate(*args, **how)
             sampled.clear()  # before this, only the test whether prompts can be shared has sampled
             scored.clear()
             sampled.update(rows(*found[:2]))

@@ -120,7 +120,7 @@ def updates(
         patch.setattr(script, "reward", reward)
         patch.setattr(script, "optimizer_step", plain_gradient_descent)
         patch.setattr(script, "longest_shared_row", lambda *args: 100 * args[2].share_prompt)
-        patch.setattr(script.Run, "save", lambda _: None)
+        patch.setattr(script.Run, "save", lambda *_: None)
         patch.setattr("torch.utils.tensorboard.SummaryWriter", Mock())
         patch.setattr(ppo, "ValueModel", ValueModelWithViews)
         if vary:
