@@ -180,7 +180,7 @@ def final_number(text: str) -> Decimal | None:
     words = text.replace("\N{MINUS SIGN}", "-").rpartition("#")[2].split() if "#" in text else []
     words = [word.lstrip("*(").rstrip("*).,;:!?%") for word in words if re.search("[0-9]|^-$", word)]
     word = words[0].replace("$", "", 1) if len(words) == 1 else ""
-    is_number = re.fullmatch(r"-?(([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?|\.[0-9]+)", word)
+    is_number = re.fullmatch(r"[-+]?(([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?|\.[0-9]+)", word)
     return Decimal(word.replace(",", "")) if is_number else None
 
 
@@ -917,11 +917,13 @@ def start(args: Args) -> torch.device:
     device = accelerator if args.device == "auto" else torch.device(args.device)
     if device.type not in ("cpu", accelerator.type):
         raise UserError(f"--device {args.device}: not available on this machine")
-    if "MASTER_ADDR" in os.environ and not dist.is_initialized():  # set by torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    started_by_torchrun = "MASTER_ADDR" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
+    if started_by_torchrun and not dist.is_initialized():
+        with as_user_error("cannot join the other processes, which torchrun starts"):
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     parts = world()[1] * args.num_minibatches
     if args.num_prompts % parts:
         raise UserError(f"--num-prompts {args.num_prompts} must be a multiple of {parts}, "

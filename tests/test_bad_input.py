@@ -325,6 +325,32 @@ def test_a_device_that_is_not_there_is_refused(script, flags, says, capsys, load
     assert not loaded
 
 
+@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (dict(RANK="0", WORLD_SIZE="2"), "environment variable MASTER_ADDR expected"),
+        (dict(MASTER_ADDR="localhost"), "environment variable RANK expected"),
+        (dict(MASTER_ADDR="localhost", MASTER_PORT="x", RANK="0", WORLD_SIZE="2"), "'x'"),
+    ],
+)
+def test_launch_variables_that_are_set_by_half_are_refused(script, variables, says, capsys, loaded, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = refusal(script, "--device cpu", capsys)
+    assert "cannot join the other processes, which torchrun starts: " in said
+    assert says in said
+    assert not loaded
+
+
+@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+def test_one_process_that_is_called_the_first_of_one_works_alone(script, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert script.start(script.Args(device="cpu")).type == "cpu"
+    assert script.world() == (0, 1)
+
+
 # ----- Data and models -----
 
 SMALL = "--num-prompts 2 --max-new-tokens 4 --num-steps 1 --eval-every 0 --device cpu"
