@@ -886,7 +886,7 @@ def try_out(policy: nn.Module, prompt: int, width: int, completions_per_row: int
     sampled = generate_completions(policy, *prompts, uniforms, 1.0, eos_ids, share_prompt=completions_per_row > 1)
     scored, _ = completion_logprobs(policy, Batch(*prompts, *sampled).repack(min(2, completions_per_row)), 1.0)
     gap = (scored.view_as(sampled[2]) - sampled[2]).abs().max().item()
-    if not gap < 0.01:
+    if not gap < 1e-3:
         raise ValueError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats")
     return logprobs
 
