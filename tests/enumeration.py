@@ -82,16 +82,16 @@ def softmax_policy(logits: Tensor) -> Policy:
 
 @functools.cache
 def transformer_policy(vocab: int, width: int, seed: int) -> Policy:
-    """gpt2, because all of it computes in float64. Scored as in training: all completions share the row of a prompt."""
+    """gpt2, because all of it computes in float64. Scored as in training: all completions share a prompt."""
     size = dict(n_embd=8, hidden_size=8, n_layer=1, num_hidden_layers=1)
     model, generator = make_model("gpt2", vocab_size=vocab, **size), torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.4, generator=generator)
     completions, prompt = all_completions(vocab, width), torch.tensor([[2, 0, END, 2]])
-    ids, mask = completions.ids[None], completions.mask[None]                               # (1, M, T), twice
+    ids, mask = completions.ids, completions.mask                                           # (M, T), twice
     batch = Batch(prompt, torch.ones_like(prompt, dtype=torch.bool), ids, mask, torch.zeros(ids.shape))
     logprobs, _ = completion_logprobs(model, batch, temperature=0.7)
-    return Policy(list(model.parameters()), completions, logprobs[0], completions.mask)
+    return Policy(list(model.parameters()), completions, logprobs, completions.mask)
 
 
 @st.composite

@@ -9,7 +9,7 @@ BASE = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
 )
-# Families that can share a prompt, with what makes each of them special switched on.
+# Families that can share a prompt in the update, with what makes each of them special switched on.
 SHARING = {
     "llama": {},
     "qwen2": {},
@@ -26,11 +26,11 @@ SHARING = {
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
     "gemma3_text": dict(sliding_window=64),
     "hyperclovax": dict(logits_scaling=3.0),
-    "gpt_neo": dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=64),
+    "gpt_neo": dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4),
+    "ministral": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
 }
-# Families that cannot: a window that is too short, linear attention, a state space beside the attention.
+# Families that cannot: linear attention, a state space beside the attention.
 NOT_SHARING = {
-    "mistral": dict(sliding_window=4),
     "qwen3_5_text": dict(
         num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
         linear_value_head_dim=8,
@@ -63,8 +63,14 @@ def make_batch(seed: int = 0, num_prompts: int = 3, group_size: int = 4, width: 
     return prompt_ids, prompt_mask, completion_ids, completion_mask
 
 
-def packed(script, num_prompts: int = 3, group_size: int = 4, width: int = 7, seed: int = 0):
-    """The same as a `Batch` of the script: every prompt in a row with its completions."""
-    prompt_ids, prompt_mask, *completions = make_batch(seed, num_prompts, group_size, width)
-    ids, mask = (x.view(num_prompts, group_size, -1) for x in completions)
-    return script.Batch(prompt_ids, prompt_mask, ids, mask, torch.zeros(mask.shape, dtype=torch.float64))
+def batch_of(script, num_prompts: int = 3, group_size: int = 4, width: int = 7, seed: int = 0):
+    """The same as a `Batch` of the script."""
+    tensors = make_batch(seed, num_prompts, group_size, width)
+    return script.Batch(*tensors, torch.zeros(tensors[-1].shape, dtype=torch.float64))
+
+
+def in_parts(score, model: torch.nn.Module, batch, size: int, *options) -> torch.Tensor:
+    """What `score` gives for the batch in parts of `size` completions, (N, T)."""
+    parts = [score(model, batch.rows(i), *options) for i in torch.arange(len(batch.completion_ids)).split(size)]
+    parts, width = [x[0] if isinstance(x, tuple) else x for x in parts], batch.completion_ids.shape[1]
+    return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in parts])

@@ -36,7 +36,7 @@ from transformers.utils import logging
 import grpo
 
 SECONDS, CPUS, TOLERANCE, VOCAB, NO_DECODER = 60, 2, 1e-3, 61, "is_decoder is False"
-PROMPT_LENGTHS, SHAPE, ENDS = (20, 11, 3), (3, 4, 24), torch.tensor([1, 5, 9, 17, 33])
+PROMPT_LENGTHS, SHAPE, ENDS = (20, 11, 3), (12, 24), torch.tensor([1, 5, 9, 17, 33])
 # What makes a model tiny, whatever its config class calls it.
 TINY = """
 61 vocab_size vocab_size_per_layer_input unpadded_vocab_size shape_vocab_size pronunciation_vocab_size
@@ -133,13 +133,13 @@ def make_model(family: str, std: float, special: dict) -> torch.nn.Module:
 
 @torch.no_grad()
 def one_by_one(model: torch.nn.Module, batch: grpo.Batch, change: int = 0) -> torch.Tensor:
-    """The truth, (3, 4, T): every completion alone, without padding, mask or positions. `change`: of the first id."""
-    logprobs = torch.zeros(batch.completion_ids.shape)
-    for i, j in torch.cartesian_prod(*map(torch.arange, logprobs.shape[:2])).tolist():
-        prompt, ids = batch.prompt_ids[i][batch.prompt_mask[i]], batch.completion_ids[i, j][batch.completion_mask[i, j]]
+    """The truth, (12, T): every completion alone, without padding, mask or positions. `change`: of the first id."""
+    logprobs, batch = torch.zeros(batch.completion_ids.shape), batch.unshared()
+    for i in range(len(logprobs)):
+        prompt, ids = batch.prompt_ids[i][batch.prompt_mask[i]], batch.completion_ids[i][batch.completion_mask[i]]
         prompt = torch.cat([(prompt[:1] + change) % VOCAB, prompt[1:]])
         logits = model(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
-        logprobs[i, j, : len(ids)] = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        logprobs[i, : len(ids)] = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
     return logprobs
 
 
@@ -167,29 +167,27 @@ def check(family: str, special: dict) -> tuple[str, float, str]:
     notes += [] if getattr(model.config, "is_decoder", True) or model.config.is_encoder_decoder else [NO_DECODER]
     grpo.say = notes.append
     try:
-        longest = grpo.longest_shared_row(model, [(ids, "") for ids in prompts], grpo.Args(model=family))
+        args = grpo.Args(model=family, max_new_tokens=SHAPE[1])
+        shared = grpo.can_share_prompt(model, [(ids, "") for ids in prompts], args)
     except grpo.UserError as error:
         return "refused", 0.0, " ".join([*notes, *str(error).split()])
     ids, mask = grpo.pad_prompts(prompts, torch.device("cpu"))
-    batch = grpo.Batch(ids, mask, *grpo.generate_completions(model, ids, mask, uniforms, 1.0, ENDS, longest > 0))
-    begun = torch.arange(batch.completion_ids.shape[2]) < 4  # completions of which more fit into a row
+    batch = grpo.Batch(ids, mask, *grpo.generate_completions(model, ids, mask, uniforms, 1.0, ENDS))
     truth, of_token = one_by_one(model, batch), batch.completion_mask
     gaps, all_finite = {"sampled": (batch.sampler_logprobs - truth)[of_token].abs()}, True
-    for name, one in (("", batch), ("begun ", batch._replace(completion_mask=of_token & begun))):
-        for C in (C for C in (1, 2, 4) if grpo.completions_per_row(one, longest) >= C):
-            with torch.no_grad():
-                scored = grpo.completion_logprobs(model, one.repack(C), 1.0)[0].view_as(truth)
-            gaps[f"{name}{C} a row"] = (scored - truth)[one.completion_mask].abs()
-            all_finite &= finite_gradients(model, one.repack(C))
-            if name == "" and C == 1:
-                gap = gaps["sampled - scored"] = (batch.sampler_logprobs - scored)[of_token].abs()
+    for name, one in {"alone": batch.unshared(), **({"shared": batch} if shared else {})}.items():
+        with torch.no_grad():
+            scored = grpo.completion_logprobs(model, one, 1.0)[0]
+        gaps[name] = (scored - truth)[of_token].abs()
+        all_finite &= finite_gradients(model, one)
+        if name == "alone":
+            gap = gaps["sampled - scored"] = (batch.sampler_logprobs - scored)[of_token].abs()
     largest = torch.cat(list(gaps.values())).max().item()
     hangs = (one_by_one(model, batch, change=1) - truth).abs().max()
     notes += [] if hangs > 0.05 else [f"(only {hangs:.2g} nats hang on the first token)"]
     notes += [] if all_finite else ["gradients are not finite"]
-    notes.append(" ".join(x for x in gaps if "row" in x))
     if largest <= TOLERANCE and all_finite:
-        return "shares" if longest else "alone", largest, "; ".join(notes)
+        return "shares" if shared else "alone", largest, "; ".join(notes)
     notes.append(", ".join(f"{name} {x.max():.2g}" for name, x in gaps.items()))
     return "WRONG" if gap.mean() < 0.01 or not all_finite else "step 0", largest, "; ".join(notes)
 

@@ -216,8 +216,8 @@ def test_prompts_are_padded_on_the_left():
 def test_decoding_keeps_to_the_mask_and_leaves_the_end_token_out():
     tokenizer = make_tokenizer()
     abc, end = tokenizer("abc", add_special_tokens=False).input_ids, tokenizer.eos_token_id
-    ids = torch.tensor([[[*abc, end, 7], [*abc, *abc[:2]]], [[end, *abc, 7], [*abc[:2], end, 7, 7]]])  # (2, 2, 5)
-    mask = torch.arange(5) < torch.tensor([[[4], [5]], [[1], [2]]])
+    ids = torch.tensor([[*abc, end, 7], [*abc, *abc[:2]], [end, *abc, 7], [*abc[:2], end, 7, 7]])
+    mask = torch.arange(5) < torch.tensor([[4], [5], [1], [2]])
     assert grpo.decode(tokenizer, ids, mask) == ["abc", "abcab", "", "ab"]
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import grpo
 import ppo
-from families import SHARING, VOCAB, make_model, packed
+from families import SHARING, VOCAB, batch_of, make_model
 from running import curves, slow, weights
 
 CPU = torch.device("cpu")
@@ -117,12 +117,11 @@ def run(script, monkeypatch, tmp_path):
 
 
 def sample(script, model, prompts=((5, 6, 7, 8, 9, 10, 11), (4, 3, 2), (12,)), share_prompt=True):
-    """A batch of completions of ragged prompts, with the sampler's log-probabilities; not shared: one in each row."""
+    """A batch of completions of ragged prompts, as sampled; not shared: each with its prompt."""
     prompts = script.pad_prompts([list(ids) for ids in prompts], CPU)
-    uniforms = torch.rand(len(prompts[0]), 4, T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sampled = script.generate_completions(model, *prompts, uniforms, TEMPERATURE, ENDS, share_prompt)
-    batch = script.Batch(*prompts, *sampled)
-    return batch if share_prompt else batch.repack(1)
+    uniforms = torch.rand(4 * len(prompts[0]), T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch = script.Batch(*prompts, *script.generate_completions(model, *prompts, uniforms, TEMPERATURE, ENDS))
+    return batch if share_prompt else batch.unshared()
 
 
 def assert_scored_as_sampled(script, model, **options):
@@ -172,11 +171,11 @@ def test_pitfall_02_end_tokens_of_the_turns_of_a_chat_stay_visible_in_scoring(sc
     def check():
         assert_scored_as_sampled(script, model, prompts=chats)
 
-    alone, causal = '{"input_ids": ids}', "torch.ones_like(visible[0]).tril()"
+    alone, shared = "model(input_ids=ids, ", "attention_mask=batch.prompt_mask.long()"
     assert_caught(
         check,
-        bug(script, "pack_rows", alone, f'{{"input_ids": ids, "attention_mask": (ids != {END}).long()}}'),
-        bug(script, "pack_rows", causal, f"{causal} & (ids != {END})[:, None, :]"),
+        bug(script, "predict_completions", alone, f"{alone}attention_mask=(ids != {END}).long(), "),
+        bug(script, "predict_completions", shared, f"attention_mask=(batch.prompt_ids != {END}).long()"),
     )
 
 
@@ -260,23 +259,24 @@ def test_pitfall_06_the_denominators_count_the_tokens_of_the_mask_alone(script):
 
 
 def test_pitfall_07_a_group_stays_whole_and_with_its_prompt_when_others_are_dropped(script):
-    batch, has_signal = packed(script, num_prompts=4, group_size=3), torch.tensor([True, False, False, True])
+    batch, has_signal = batch_of(script, num_prompts=4, group_size=3), torch.tensor([True, False, False, True])
     args = script.Args(micro_batch_tokens=1, num_minibatches=1)
 
     def check():
-        for completions_per_row in (3, 1):
-            rows = batch.repack(completions_per_row)
-            kept = rows.rows(torch.cat(script.split_batch(rows, has_signal, VOCAB, args)[0]).sort().values)
-            expected, repeats = batch.rows(torch.tensor([0, 3])), 3 // completions_per_row
-            assert torch.equal(kept.completion_ids.flatten(0, 1), expected.completion_ids.flatten(0, 1))
-            assert torch.equal(kept.prompt_ids, expected.prompt_ids.repeat_interleave(repeats, 0))
+        for each in (batch, batch.unshared()):
+            kept = each.rows(torch.cat(script.split_batch(each, has_signal, VOCAB, args)[0]).sort().values)
+            whole = torch.tensor([0, 1, 2, 9, 10, 11])
+            assert torch.equal(kept.completion_ids, batch.completion_ids[whole])
+            prompts = batch.prompt_ids[whole // 3][:, -kept.prompt_ids.shape[1] :]
+            assert torch.equal(kept.prompt_ids.repeat_interleave(6 // len(kept.prompt_ids), 0), prompts)
 
-    own, rows = "has_signal.cpu().repeat_interleave(", "minibatches.append(rows["
+    own, rows = "has_signal.cpu().repeat_interleave(", "groups[rows[rank::processes]]"
     assert_caught(
         check,
         bug(script, "split_batch", own, "has_signal.cpu().repeat("),
-        bug(script, "split_batch", rows, "minibatches.append(rows.argsort()["),  # numbered anew
-        bug(script, "Batch.repack", "x.repeat_interleave(repeats, 0)", "x.repeat(repeats, 1)"),
+        bug(script, "split_batch", rows, "groups[rows.argsort()[rank::processes]]"),  # numbered anew
+        bug(script, "Batch.unshared", "x.repeat_interleave(group_size, 0)", "x.repeat(group_size, 1)"),
+        bug(script, "Batch.rows", "// group_size    ", "% len(self.prompt_ids)"),
     )
 
 
@@ -300,8 +300,7 @@ def test_pitfall_08_the_ratio_is_exactly_1_for_as_long_as_the_policy_does_not_mo
         assert found["policy/approx_kl"] == [(0, 0.0)]
 
     rows = "batch.rows(index)"
-    alone = f"score(model, {rows}.repack(1), *options)"  # other shapes
-    alone = f"(lambda x: (x[0] if isinstance(x, tuple) else x).view_as(result[index]))({alone})"
+    alone = f"score(model, {rows}.unshared(), *options)"  # other shapes
     assert_caught(
         check,
         bug(script, "score_batch", f"score(model, {rows}, *options)", alone),
@@ -310,13 +309,11 @@ def test_pitfall_08_the_ratio_is_exactly_1_for_as_long_as_the_policy_does_not_mo
 
 
 def test_pitfall_09_the_log_softmax_is_float32_over_a_bfloat16_model(script):
-    model, batch = make_model("llama", torch.bfloat16), packed(script)
+    model, batch = make_model("llama", torch.bfloat16), batch_of(script)
 
     @torch.no_grad()
     def check():
-        inputs, before, _, is_token = script.pack_rows(batch, model.dtype)
-        logits = model(**inputs, use_cache=False).logits
-        logits = logits.gather(1, before[..., None].expand(-1, -1, VOCAB))[is_token]
+        logits = script.predict_completions(model, batch)[batch.completion_mask]
         logp, tokens = logits.double().log_softmax(-1), batch.completion_ids[batch.completion_mask]
         found = script.completion_logprobs(model, batch, temperature=1.0)[0][batch.completion_mask]
         assert_close(found.double(), logp.gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=0)
@@ -383,8 +380,8 @@ def test_pitfall_12_a_policy_that_is_far_off_feels_the_kl(script):
 
 
 def test_pitfall_13_an_empty_completion_contributes_nothing(script):
-    model, batch = make_model("llama"), packed(script)
-    batch.completion_mask[0, 1] = False  # of 12 completions
+    model, batch = make_model("llama"), batch_of(script)
+    batch.completion_mask[1] = False  # of 12 completions
 
     def check():
         logprobs = script.completion_logprobs(model, batch, temperature=1.0)[0]
@@ -424,7 +421,7 @@ def test_pitfall_14_padding_on_the_left_shifts_no_position(script):
     assert_caught(
         lambda: assert_scored_as_sampled(script, model),
         bug(script, "generate_completions", positions.format(""), shifted.format("")),
-        bug(script, "pack_rows", "batch.prompt_mask.cumsum(1) - 1", shifted.format("batch.")),
+        bug(script, "predict_completions", positions.format("batch."), shifted.format("batch.")),
     )
 
 
@@ -456,14 +453,14 @@ def test_pitfall_15_one_completion_per_prompt_is_enough_for_ppo(script, run):
         assert all(value.isfinite().all() for value in after.values())
         assert all(torch.tensor(points[0][1]).isfinite() for points in found.values())
 
-    assert_caught(check, bug(ppo, "train", "rewards.std()", "rewards.std(1).mean()"))
+    assert_caught(check, bug(ppo, "train", "rewards.std()", "rewards.view(-1, args.group_size).std(1).mean()"))
 
 
 def test_pitfall_16_dropout_is_off_in_every_pass(script, tmp_path):
     model = make_model("gpt2", torch.float32, **SHARING["gpt2"])
     assert model.config.resid_pdrop > 0
     save_model(tmp_path / "model", model, make_tokenizer())
-    batch = packed(script)
+    batch = batch_of(script)
 
     def check():
         policy, _ = script.load_policy(str(tmp_path / "model"), make_tokenizer(), CPU)
@@ -495,7 +492,7 @@ def test_pitfall_18_the_very_ids_that_were_sampled_are_trained(script, run, monk
 
     def check():
         def rows(ids, mask):
-            return {tuple(row[kept].tolist()) for row, kept in zip(ids.flatten(0, 1), mask.flatten(0, 1), strict=True)}
+            return {tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)}
 
         def generate_and_note(*args, **how):
             found = generate(*args, **how)
@@ -515,10 +512,9 @@ def test_pitfall_18_the_very_ids_that_were_sampled_are_trained(script, run, monk
             run(num_prompts=16)
         assert sampled == scored
 
-    texts = "[tokenizer.decode(ids[kept]) for ids, kept in zip(sampled[0].flatten(0, 1), sampled[1].flatten(0, 1))]"
+    texts = "[tokenizer.decode(ids[kept]) for ids, kept in zip(sampled[0], sampled[1])]"
     again = f"pad_prompts(tokenizer({texts}, add_special_tokens=False).input_ids, device)"
-    again = f"again = [x.unflatten(0, (-1, args.group_size)) for x in {again}]"
-    again = f"{again}; sampled = *again, sampled[2][..., : again[0].shape[-1]]; "
+    again = f"again = {again}; sampled = *again, sampled[2][..., : again[0].shape[-1]]; "
     answers = "answers = [answer for"
     assert_caught(check, bug(script, "train", answers, again + answers))
 

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Sampling: from the whole distribution at one temperature, with shared prompts and dropped rows."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from transformers import AutoConfig
 
 import grpo
 from families import NOT_SHARING, SHARING, VOCAB, make_model
@@ -14,10 +11,10 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [4, 3, 2], [12]]
 ENDS = torch.arange(0, VOCAB, 6)  # many end tokens: rows end at different times
 
 
-def sample(model, group_size=4, max_new_tokens=10, temperature=0.7, ends=ENDS, seed=0, share_prompt=True):
+def sample(model, group_size=4, max_new_tokens=10, temperature=0.7, ends=ENDS, seed=0):
     prompts = grpo.pad_prompts(PROMPTS, torch.device("cpu"))
-    uniforms = draw(len(PROMPTS), group_size, max_new_tokens, seed=seed)
-    return prompts, grpo.generate_completions(model, *prompts, uniforms, temperature, ends, share_prompt)
+    uniforms = draw(len(PROMPTS) * group_size, max_new_tokens, seed=seed)
+    return prompts, grpo.generate_completions(model, *prompts, uniforms, temperature, ends)
 
 
 def draw(*shape, seed=0):
@@ -33,17 +30,18 @@ def test_the_samplers_log_probabilities_are_the_rescored_ones(family):
             continue
         shared = special is SHARING.get(family)
         model = make_model(family, torch.float32, **special)
-        prompts, sampled = sample(model, share_prompt=shared)
-        assert len(set(sampled[1].sum(-1).flatten().tolist())) > (1 if family == "gemma3_text" else 3)
+        prompts, sampled = sample(model)
+        assert len(set(sampled[1].sum(-1).tolist())) > (1 if family == "gemma3_text" else 3)
         batch = grpo.Batch(*prompts, *sampled)
-        rescored, _ = grpo.completion_logprobs(model, batch if shared else batch.repack(1), temperature=0.7)
-        torch.testing.assert_close(rescored.view_as(sampled[2]), sampled[2], atol=1e-4, rtol=0)
+        rescored, _ = grpo.completion_logprobs(model, batch if shared else batch.unshared(), temperature=0.7)
+        torch.testing.assert_close(rescored, sampled[2], atol=1e-4, rtol=0)
 
 
-def test_sharing_prompts_and_dropping_rows_changes_no_token():
+def test_sharing_prompts_changes_no_token():
     model = make_model("llama", torch.float32)
-    _, (ids, mask, logprobs) = sample(model)
-    _, (plain_ids, plain_mask, plain_logprobs) = sample(model, share_prompt=False)
+    prompts, (ids, mask, logprobs) = sample(model)
+    prompts = (x.repeat_interleave(4, 0) for x in prompts)
+    plain_ids, plain_mask, plain_logprobs = grpo.generate_completions(model, *prompts, draw(12, 10), 0.7, ENDS)
     assert torch.equal(ids, plain_ids)
     assert torch.equal(mask, plain_mask)
     torch.testing.assert_close(logprobs, plain_logprobs, atol=1e-5, rtol=0)
@@ -52,14 +50,15 @@ def test_sharing_prompts_and_dropping_rows_changes_no_token():
 def test_the_other_rows_change_no_token(monkeypatch):
     """A row samples the same with its own random numbers alone, and tested for its end at every token or never."""
     model, prompts = make_model("llama", torch.float32), grpo.pad_prompts(PROMPTS, torch.device("cpu"))
-    uniforms = draw(len(PROMPTS), 4, 12)
+    uniforms = draw(len(PROMPTS) * 4, 12)
     ids, mask, _ = grpo.generate_completions(model, *prompts, uniforms, 0.7, ENDS)
     for row in range(len(PROMPTS)):
         prompt = grpo.pad_prompts([PROMPTS[row]], ids.device)
-        alone = grpo.generate_completions(model, *prompt, uniforms[[row]], 0.7, ENDS)
-        width = alone[0].shape[2]
-        assert torch.equal(alone[0], ids[[row], :, :width])
-        assert torch.equal(alone[1], mask[[row], :, :width])
+        group = slice(4 * row, 4 * row + 4)
+        alone = grpo.generate_completions(model, *prompt, uniforms[group], 0.7, ENDS)
+        width = alone[0].shape[1]
+        assert torch.equal(alone[0], ids[group, :width])
+        assert torch.equal(alone[1], mask[group, :width])
     for tokens in (1, 99):
         monkeypatch.setattr(grpo, "STOP_TEST_EVERY", tokens)
         again = grpo.generate_completions(model, *prompts, uniforms, 0.7, ENDS)
@@ -67,19 +66,19 @@ def test_the_other_rows_change_no_token(monkeypatch):
         assert torch.equal(again[1], mask)
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_sampling_ends_when_every_completion_has_ended_and_finished_rows_are_not_computed(share_prompt):
+def test_sampling_ends_when_every_completion_has_ended_and_finished_rows_are_not_computed():
     model, rows = make_model("llama", torch.float32), []
     model.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
-    _, (ids, _, _) = sample(model, max_new_tokens=60, share_prompt=share_prompt)
-    assert len(rows) <= ids.shape[2] + grpo.STOP_TEST_EVERY < 60
+    _, (ids, _, _) = sample(model, max_new_tokens=60)
+    assert len(rows) <= ids.shape[1] + grpo.STOP_TEST_EVERY < 60
+    assert rows[0] == 3
     assert rows[1:] == sorted(rows[1:], reverse=True)
-    assert (rows[-1] < 12) == share_prompt
+    assert rows[-1] < 12
 
 
 def test_completions_run_through_the_first_eos_token_and_stop_there():
     _, (ids, mask, logprobs) = sample(make_model("llama", torch.float32), max_new_tokens=12)
-    for row, counted in zip(ids.flatten(0, 1), mask.flatten(0, 1), strict=True):
+    for row, counted in zip(ids, mask, strict=True):
         length = int(counted.sum())
         assert torch.equal(counted, torch.arange(len(counted)) < length)
         is_end = torch.isin(row[:length], ENDS)
@@ -90,7 +89,7 @@ def test_completions_run_through_the_first_eos_token_and_stop_there():
 
 def test_no_eos_token_within_the_limit_means_full_length():
     _, (ids, mask, _) = sample(make_model("llama", torch.float32), ends=torch.tensor([], dtype=torch.long))
-    assert ids.shape == mask.shape == (3, 4, 10)
+    assert ids.shape == mask.shape == (12, 10)
     assert mask.all()
 
 
@@ -99,8 +98,8 @@ def test_tokens_are_drawn_from_softmax_of_logits_over_temperature(temperature):
     model = make_model("llama", torch.float32)
     prompts = grpo.pad_prompts([[5, 6, 7]], torch.device("cpu"))
     expected = (model(prompts[0]).logits[0, -1] / temperature).softmax(-1)
-    ids, _, _ = grpo.generate_completions(model, *prompts, draw(1, 20000, 1), temperature, ENDS)
-    found = torch.bincount(ids[0, :, 0], minlength=VOCAB) / 20000
+    ids, _, _ = grpo.generate_completions(model, *prompts, draw(20000, 1), temperature, ENDS)
+    found = torch.bincount(ids[:, 0], minlength=VOCAB) / 20000
     # Five standard errors of a frequency, for each of the 61 tokens.
     assert ((found - expected).abs() < 5 * (expected * (1 - expected) / 20000).sqrt() + 1e-9).all()
 
@@ -108,7 +107,7 @@ def test_tokens_are_drawn_from_softmax_of_logits_over_temperature(temperature):
 def test_temperature_zero_takes_the_most_probable_token():
     model = make_model("llama", torch.float32)
     _, (ids, mask, _) = sample(model, group_size=1, temperature=0.0)
-    for prompt, row, counted in zip(PROMPTS, ids[:, 0], mask[:, 0], strict=True):
+    for prompt, row, counted in zip(PROMPTS, ids, mask, strict=True):
         text = list(prompt)
         for token in row[counted].tolist():
             assert token == int(model(torch.tensor([text])).logits[0, -1].argmax())
@@ -128,29 +127,34 @@ def test_sampling_follows_from_the_seed():
     assert not torch.equal(sample(model, seed=3)[1][0][..., 0], sample(model, seed=4)[1][0][..., 0])
 
 
-# ----- May completions share a row with their prompt? -----
+# ----- Can the update share a prompt among its completions? -----
 
 
 def ask(model, monkeypatch, prompt=5, **args):
-    """What `longest_shared_row` answers, and what it says."""
+    """What `can_share_prompt` answers, and what it says."""
     said, problems = [], [([0] * prompt, "")]
     monkeypatch.setattr(grpo, "say", said.append)
-    return grpo.longest_shared_row(model, problems, SimpleNamespace(model="x", share_prompt=True, **args)), said
-
-
-@pytest.mark.parametrize("family", SHARING)
-def test_sharing_is_found_exact_where_it_is(family, monkeypatch):
-    longest, said = ask(make_model(family, torch.float32, **SHARING[family]), monkeypatch)
-    assert longest > 5
-    assert not said
+    args = grpo.Args(**dict(model="x", max_new_tokens=12) | args)
+    return grpo.can_share_prompt(model, problems, args), said
 
 
 @pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
-@pytest.mark.parametrize("family", [family for family in NOT_SHARING if family != "mistral"])  # it has a short window
+@pytest.mark.parametrize("family", SHARING)
+def test_sharing_is_found_exact_where_it_is(family, monkeypatch):
+    assert ask(make_model(family, torch.float32, **SHARING[family]), monkeypatch) == (True, [])
+
+
+@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
+@pytest.mark.parametrize("family", NOT_SHARING)
 def test_sharing_is_refused_with_a_sentence_where_it_is_wrong(family, monkeypatch):
-    longest, (said,) = ask(make_model(family, torch.float32, **NOT_SHARING[family]), monkeypatch)
-    assert longest == 0
-    assert said.startswith("This model cannot share a prompt among its completions")
+    shared, (said,) = ask(make_model(family, torch.float32, **NOT_SHARING[family]), monkeypatch)
+    assert not shared
+    assert said.startswith("This model cannot share a prompt in the update")
+
+
+@pytest.mark.parametrize("off", [dict(share_prompt=False), dict(group_size=1), dict(gradient_checkpointing=True)])
+def test_sharing_that_is_not_wanted_is_not_tried(off, monkeypatch):
+    assert ask(make_model("llama", torch.float32), monkeypatch, **off) == (False, [])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -160,31 +164,18 @@ def test_sharing_is_refused_with_a_sentence_where_it_is_wrong(family, monkeypatc
         ("mamba", {}, "has no attribute 'past_key_values'"),
         ("bert", {}, "its predictions depend on later tokens, so it is no causal language model"),
         ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48), "nats"),
-        ("blt", {}, "has no attribute 'hidden_size'"),
     ],
 )
 def test_a_model_that_cannot_be_trained_here_is_refused_in_a_sentence(family, special, says, monkeypatch):
     """tests/sweep_families.py goes over all families."""
-    config = AutoConfig.for_model(family) if family == "blt" else None
-    model = SimpleNamespace(config=config) if config else make_model(family, torch.float32, **special)
+    model = make_model(family, torch.float32, **special)
     with pytest.raises(grpo.UserError, match=rf"^--model x cannot be trained here: .*{says}"):
         ask(model, monkeypatch)
 
 
-def test_a_window_that_is_counted_by_place_in_the_row_is_seen_or_never_reached(monkeypatch):
-    """GPT-Neo's local layers see the last 16 places of the packed row, whatever the positions are."""
-    special = SHARING["gpt_neo"] | dict(window_size=16, max_position_embeddings=256)
-    model = make_model("gpt_neo", torch.float32, **special)
-    assert ask(model, monkeypatch, prompt=20) == (16, [])  # within the window it is exact
-    model.config.window_size = 10_000  # what the config says is not what the layers were built with
-    assert ask(model, monkeypatch, prompt=20)[0] == 0
-
-
-@pytest.mark.parametrize(("window", "prompt"), [(1, 1), (3, 1), (7, 2), (64, 21)])
-def test_rows_of_every_length_can_be_tried(window, prompt, monkeypatch):
-    model = make_model("llama", torch.float32)
-    model.config.sliding_window = window
-    assert ask(model, monkeypatch, prompt) == (window, [])
+@pytest.mark.parametrize(("prompt", "max_new_tokens"), [(1, 1), (1, 30), (2, 3), (40, 24)])
+def test_prompts_and_completions_of_every_length_can_be_tried(prompt, max_new_tokens, monkeypatch):
+    assert ask(make_model("llama", torch.float32), monkeypatch, prompt, max_new_tokens=max_new_tokens) == (True, [])
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("assert")])
@@ -192,7 +183,7 @@ def test_an_error_of_the_device_is_not_taken_for_one_of_the_model(error, monkeyp
     model, score = make_model("llama", torch.float32), grpo.completion_logprobs
 
     def fail(policy, batch, temperature):
-        if batch.completion_ids.shape[1] > 1:
+        if len(batch.prompt_ids) < len(batch.completion_ids):
             raise error
         return score(policy, batch, temperature)
 
@@ -200,8 +191,8 @@ def test_an_error_of_the_device_is_not_taken_for_one_of_the_model(error, monkeyp
     with pytest.raises(type(error)):
         ask(model, monkeypatch)
     error = RuntimeError("The size of tensor a must match the size of tensor b")
-    longest, (said,) = ask(model, monkeypatch)
-    assert longest == 0
+    shared, (said,) = ask(model, monkeypatch)
+    assert not shared
     assert "The size of tensor a must match" in said
 
 

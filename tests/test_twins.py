@@ -19,6 +19,8 @@ OWN = {"grpo.py": {"grpo_loss"}, "ppo.py": {"ValueModel", "completion_values", "
                                             "policy_loss", "value_loss"}}  # fmt: skip
 DIFFERENT = {"Args", "Batch", "train"}  # in both, but not alike
 OWN_CONSTANTS = {"LEARNING_RATES", "LEAST", "MOST"}
+OWN_IMPORTS = {"grpo.py": {"advantage", "kl"}}
+OWN_IMPORTS["ppo.py"] = OWN_IMPORTS["grpo.py"] | {"transformers.modeling_outputs", "transformers.modeling_utils"}
 OWN_DEFAULTS = {"num_prompts", "group_size", "update_epochs", "num_minibatches", "beta", "kl_estimator", "kl_placement"}
 OWN_HELP = {"group_size", "update_epochs", "beta", "kl_estimator", "kl_placement"}
 
@@ -56,8 +58,8 @@ def without_its_own(script: str) -> str:
     source, own = (ROOT / script).read_text(), []
     for node in ast.parse(source).body:
         names = {target.id for target in node.targets} if isinstance(node, ast.Assign) else set()
-        own += [node] if names & OWN_CONSTANTS or getattr(node, "module", None) in ("advantage", "kl") else []
-    assert len(own) == len(OWN_CONSTANTS) + 2
+        own += [node] if names & OWN_CONSTANTS or getattr(node, "module", None) in OWN_IMPORTS[script] else []
+    assert len(own) == len(OWN_CONSTANTS) + len(OWN_IMPORTS[script])
     dropped = {number for node in own for number in range(node.lineno, node.end_lineno + 1)}
     return "".join(x for number, x in enumerate(source.splitlines(True), start=1) if number not in dropped)
 

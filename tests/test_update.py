@@ -119,7 +119,7 @@ def updates(
         patch.setattr(script, "load_policy", lambda *_: (policy, eos_ids))
         patch.setattr(script, "reward", reward)
         patch.setattr(script, "optimizer_step", plain_gradient_descent)
-        patch.setattr(script, "longest_shared_row", lambda *args: 100 * args[2].share_prompt)
+        patch.setattr(script, "can_share_prompt", lambda *x: x[2].share_prompt and not x[2].gradient_checkpointing)
         patch.setattr(script.Run, "save", lambda *_: None)
         patch.setattr("torch.utils.tensorboard.SummaryWriter", Mock())
         patch.setattr(ppo, "ValueModel", ValueModelWithViews)
@@ -145,19 +145,15 @@ def in_another_order(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
 
     def shuffled_completions(policy, prompt_ids, prompt_mask, *args):
         back = prompts.argsort()
-        return tuple(x[prompts][:, within] for x in generate(policy, prompt_ids[back], prompt_mask[back], *args))
+        sampled = generate(policy, prompt_ids[back], prompt_mask[back], *args)
+        return tuple(x.unflatten(0, (4, 4))[prompts][:, within].flatten(0, 1) for x in sampled)
 
     patch.setattr(script, "next_problems", shuffled_problems)
     patch.setattr(script, "generate_completions", shuffled_completions)
 
 
-def in_packed_rows_of_two(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-    patch.setattr(script, "completions_per_row", lambda *_: 2)
-
-
 def in_other_micro_batch_rows(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
     """The last micro-batch first, and its last row first."""
-    in_packed_rows_of_two(patch, script)
     split_batch = script.split_batch
 
     def backwards(*args):
@@ -184,21 +180,20 @@ def with_more_padding(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
 
 
 def with_few_logits_at_once(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-    patch.setitem(script.MAX_LOGITS, "cpu", 30 * len(CHARACTERS))
+    patch.setattr(script, "max_logits", lambda device: 30 * len(CHARACTERS))
 
 
 # Flags that must change no gradient, and what is done to the functions of a script.
 VARIANTS: dict[str, tuple[dict, Variant | None]] = {
-    "one row at a time": (dict(micro_batch_tokens=1), None),
-    "small micro-batches": (dict(micro_batch_tokens=60), in_packed_rows_of_two),
+    "one completion at a time": (dict(micro_batch_tokens=1), None),
+    "two completions at a time": (dict(micro_batch_tokens=40), None),
     "other micro-batch rows": (dict(micro_batch_tokens=60), in_other_micro_batch_rows),
     "more padding": ({}, with_more_padding),
     "few logits at once": ({}, with_few_logits_at_once),
     "gradient checkpointing": (dict(gradient_checkpointing=True), None),
     "another order": ({}, in_another_order),
-    "packed rows of two": ({}, in_packed_rows_of_two),
     "a prompt for every completion": (dict(share_prompt=False), None),
-    "one completion at a time": (dict(share_prompt=False, micro_batch_tokens=1), None),
+    "one at a time with its prompt": (dict(share_prompt=False, micro_batch_tokens=1), None),
 }
 # Two updates each, so that the second one has a KL, and in the second epoch ratios that are not 1.
 AVERAGES = ("sequence", "token", "constant")
@@ -225,7 +220,7 @@ def plain_updates(script: ModuleType, family: Path, setting: str) -> tuple[list,
 
 
 def options_of(script: ModuleType, setting: str) -> dict:
-    """With one micro-batch for every minibatch, of rows of all completions of a prompt: the plainest way."""
+    """With one micro-batch for every minibatch, the plainest way."""
     choices = CHOICES[script] if setting == "other choices" else {}
     plain = dict(micro_batch_tokens=10**6, num_steps=1, update_epochs=1, num_minibatches=1)
     return plain | SETTINGS[setting] | choices
@@ -252,8 +247,8 @@ def test_the_gradients_that_are_compared_are_not_all_the_same(script, family, se
     completions, gradients, passes = plain_updates(script, family, setting)
     assert len(completions) == 16 * options_of(script, setting)["num_steps"]
     assert len({len(text) for text, _ in completions}) > 3
-    # Plainly computed: all four completions of a prompt in one row, all rows of a minibatch in one pass.
-    assert {len(ids) for ids in passes if ids} == {4 // options_of(script, setting)["num_minibatches"]}
+    # Plainly computed: all prompts of a minibatch in one pass, and all their completions in another.
+    assert {len(ids) for ids in passes if ids} == {n // options_of(script, setting)["num_minibatches"] for n in (4, 16)}
     assert len(gradients) == 2 * (2 if script is ppo else 1)
     assert all(gradient.norm() > 1e-3 for gradient in gradients)
     for first, second in itertools.combinations(gradients, 2):
@@ -308,10 +303,10 @@ IDS = [[5, 0, 7, 8, 9, 0, 0], [4, 3, 2], [0]]  # ragged, with end tokens inside 
 
 def sample(script, policy, temperature, share_prompt, group_size=4, max_new_tokens=10):
     prompts = script.pad_prompts(IDS, torch.device("cpu"))
-    uniforms = (len(IDS), group_size, max_new_tokens)
+    uniforms = (len(IDS) * group_size, max_new_tokens)
     uniforms = torch.rand(uniforms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sampled = script.generate_completions(policy, *prompts, uniforms, temperature, ENDS, share_prompt)
-    return script.Batch(*prompts, *sampled).repack(group_size if share_prompt else 1)
+    batch = script.Batch(*prompts, *script.generate_completions(policy, *prompts, uniforms, temperature, ENDS))
+    return batch if share_prompt else batch.unshared()
 
 
 @SCRIPTS
@@ -338,7 +333,7 @@ def test_before_the_first_update_the_ratio_is_1_and_the_kl_is_0(script, name, te
     for estimator in ("k1", "k2", "k3"):
         assert kl_estimate(logprobs, ref_logprobs, estimator).eq(0).all()
     weights = script.loss_weights(mask, "sequence", 10)
-    advantages = torch.randn(mask.shape[:2])[..., None].expand_as(mask)
+    advantages = torch.randn(len(mask), 1).expand_as(mask)
     for old, tolerance in ((old_logprobs, 0.0), (sampled, 1e-4)):
         if script is grpo:
             _, curves = grpo.grpo_loss(logprobs, old, ref_logprobs, advantages, mask, weights)

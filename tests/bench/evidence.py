@@ -149,11 +149,10 @@ def exact_kl(folder: Path) -> float:
     tokenizer, _, held_out = grpo.load_problems(args)
     (policy, ends), (ref_policy, _) = (grpo.load_policy(str(x), tokenizer, cpu) for x in (folder, grpo.TINY))
     prompts = grpo.pad_prompts([ids for ids, _ in held_out], cpu)
-    uniforms = torch.rand(len(prompts[0]), 1, args.max_new_tokens, dtype=torch.float64, generator=grpo.seed_step(0, 0))
+    uniforms = torch.rand(len(prompts[0]), args.max_new_tokens, dtype=torch.float64, generator=grpo.seed_step(0, 0))
     batch = grpo.Batch(*prompts, *grpo.generate_completions(policy, *prompts, uniforms, args.temperature, ends))
-    inputs, before, _, is_token = grpo.pack_rows(batch, torch.float32)
     with torch.no_grad():
-        logits = [model(**inputs, logits_to_keep=before).logits[is_token] for model in (policy, ref_policy)]
+        logits = [grpo.predict_completions(x, batch)[batch.completion_mask] for x in (policy, ref_policy)]
         return kl.exact_kl(*logits).mean().item()
 
 

@@ -28,7 +28,7 @@ ROOT = HERE.parents[1]
 MUTATED = {
     "advantage.py": None,
     "kl.py": None,
-    "grpo.py": {"loss_weights", "grpo_loss", "pack_rows", "completion_logprobs"},
+    "grpo.py": {"loss_weights", "grpo_loss", "predict_completions", "completion_logprobs"},
     "ppo.py": {"policy_loss", "value_loss", "token_rewards", "completion_values", "ValueModel", "explained_variance"},
 }
 MUTMUT = "import sys; sys.path.append(sys.argv.pop(1)); from mutmut.__main__ import cli; cli(prog_name='mutmut')"
