@@ -155,11 +155,11 @@ class Args:
     """"sequence": 1/|o_i| sum_t (DeepSeekMath Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
     # The machine
     share_prompt: bool = True
-    """compute each prompt once per group, in sampling and in the update; off if the model does not support it"""
+    """compute a prompt once for all its completions in the update, as in sampling; off if the model cannot do that"""
     micro_batch_tokens: int = 8192
     """maximum tokens, with padding, in one forward pass of the update; changes gradients only by rounding"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass instead of storing them: less memory, a third slower"""
+    """recompute activations in the backward pass instead of storing them: less memory, slower, no shared prompts"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute dtype; weights stay float32; auto: bfloat16 if it is fast and the model has over 10 M parameters"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -228,8 +228,8 @@ class Batch(NamedTuple):
     returns: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Batch":
-        """The completions of this index, (N',), with their prompts, no wider than the longest of each. The index holds
-        whole groups, or a part of one group."""
+        """The completions of this index, (N',), and their prompts, no wider than the longest. The index must hold whole
+        groups, or a part of one group."""
         group_size = len(self.completion_ids) // len(self.prompt_ids)
         prompts = index[:: min(group_size, len(index))] // group_size                       # (B',)
         longest = torch.stack([self.prompt_mask[prompts].sum(1).max(), self.completion_mask[index].sum(1).max()])
@@ -548,8 +548,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
 
         # ---- The same tokens under pi_old, pi_ref and the old value model, without gradient ----
         mask, has_signal = batch.completion_mask, torch.ones(args.num_prompts, dtype=torch.bool)  # (N, T); (B,)
-        if not args.share_prompt:
-            batch = batch.unshared()
+        batch = batch if args.share_prompt else batch.unshared()
         # One update per minibatch, one forward and backward pass per micro-batch.
         minibatches = split_batch(batch, has_signal, policy.config.get_text_config().vocab_size, args)
         with torch.no_grad(), autocast:
@@ -812,13 +811,14 @@ def evaluate(run: "Run", sampler: nn.Module, problems: list, eos_ids: Tensor) ->
     return metrics
 
 
-# ----- Cutting the batch into rows, minibatches and micro-batches; the optimizer step -----
+# ----- Cutting the batch into minibatches and micro-batches; the optimizer step -----
+
 
 @torch.no_grad()
 def can_share_prompt(policy: nn.Module, problems: list, args: Args) -> bool:
-    """Whether the update can run a prompt once for all its completions. Not so in models with linear attention. Two
-    prompts of random tokens with two completions each are scored both ways, in float32. A model that looks ahead, or
-    samples differently from how it scores, is a user error."""
+    """Whether the update can run a prompt once for all its completions; a model with linear attention cannot. Tried in
+    float32, on two prompts of random tokens with two completions each. A model that looks ahead, or that samples
+    differently from how it scores, is a user error."""
     vocab_size, device, generator = policy.config.get_text_config().vocab_size, policy.device, seed_step(0, 0)
     with as_user_error(f"--model {args.model} cannot be trained here"):
         longest = max(len(ids) for ids, _ in problems)
@@ -853,14 +853,13 @@ def can_share_prompt(policy: nn.Module, problems: list, args: Args) -> bool:
 
 
 def max_logits(device: torch.device) -> int:
-    """Most logits in one pass of the update: in float32, 128 MB on a CPU and 1 GB on an accelerator."""
-    return 2**25 if device.type == "cpu" else 2**28
+    """Most logits in one pass of the update: in float32, 256 MB on a CPU and 1 GB on an accelerator."""
+    return 2**26 if device.type == "cpu" else 2**28
 
 
 def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -> list[tuple[Tensor, ...]]:
-    """Cut the batch into minibatches of whole groups, one optimizer update each, and this process's part of each into
-    micro-batches, one forward and backward pass each: whole groups, or equal parts of one group. Returns indices into
-    the N completions.
+    """Cut the batch into minibatches of whole groups, one optimizer update each, and this process's groups of each into
+    micro-batches of whole groups or equal parts of one group, as large as fit. Returns indices of completions.
 
     has_signal: (B,). Groups without it add nothing to the gradient and are left out, but all processes keep the same
     number of groups and passes.
