@@ -137,9 +137,9 @@ class Args:
     """leave completions without an EOS token out of the loss (DAPO's overlong filtering)"""
     # The machine
     share_prompt: bool = True
-    """compute a prompt once for all its completions in the update, as in sampling; off if the model cannot do that"""
+    """compute a prompt once for the completions of a micro-batch, as in sampling; off if the model cannot do that"""
     micro_batch_tokens: int = 8192
-    """maximum tokens, with padding, in one forward pass of the update; changes gradients only by rounding"""
+    """maximum tokens, with padding, in a micro-batch of the update; changes gradients only by rounding"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass instead of storing them: less memory, slower, no shared prompts"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -201,15 +201,15 @@ class Batch(NamedTuple):
     prompt_mask: Tensor         # (B, P), bool, true on the tokens
     completion_ids: Tensor      # (N, T), right-padded
     completion_mask: Tensor     # (N, T), bool, true through the EOS token
-    sampler_logprobs: Tensor    # (N, T), from the sampler, perhaps in bfloat16; only used to check old_logprobs
+    sampler_logprobs: Tensor    # (N, T), from the sampler, perhaps in bfloat16; only for the curve policy/sampler_gap
     old_logprobs: Tensor | None = None  # (N, T), and so are all below
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
     weights: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Batch":
-        """The completions of this index, (N',), and their prompts, no wider than the longest. The index must hold whole
-        groups, or a part of one group."""
+        """The completions of this index, (N',), and their prompts, cut to the longest completion and the longest prompt
+        among them. The index must hold whole groups, or a part of one group."""
         group_size = len(self.completion_ids) // len(self.prompt_ids)
         prompts = index[:: min(group_size, len(index))] // group_size                       # (B',)
         longest = torch.stack([self.prompt_mask[prompts].sum(1).max(), self.completion_mask[index].sum(1).max()])
@@ -262,7 +262,7 @@ def generate_completions(
     device = prompt_ids.device
     # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
     uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)  # (N, T)
-    # A cache of fixed size, if the model can use one: with it no token waits for the device.
+    # A cache of fixed size, if the model can use one: then only the tests below wait for the device, not every token.
     cache = StaticCache(policy.config, prompt_width + max_new_tokens) if policy._can_compile_fullgraph else None
     position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                 # left padding must not shift positions
     output = policy(prompt_ids, attention_mask=prompt_mask.long(), position_ids=position_ids, past_key_values=cache,
@@ -288,11 +288,10 @@ def generate_completions(
             kept = running.nonzero()[:, 0]  # finished rows leave the batch and the cache
             rows, running, tokens, visible, lengths = (x[kept] for x in (rows, running, tokens, visible, lengths))
             cache.reorder_cache(kept)
-        output = policy(tokens[:, None], attention_mask=visible[:, : prompt_width + t + 1],
-                        position_ids=lengths[:, None] + t, past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1]                                                       # (N', V)
+        logits = policy(tokens[:, None], attention_mask=visible[:, : prompt_width + t + 1], use_cache=True,
+                        position_ids=lengths[:, None] + t, past_key_values=cache).logits[:, -1]  # (N', V)
     ended = torch.isin(ids, eos_ids)                                                        # (N, T)
-    mask = ended.cumsum(1) - ended.long() == 0      # (N, T), true through the first EOS token; the rest is not read
+    mask = ended.cumsum(1) - ended.long() == 0      # (N, T), true through the first EOS token; the rest is ignored
     longest = int(mask.sum(1).max())
     return tuple(x[:, :longest] for x in (ids.where(mask, 0), mask, logprobs.where(mask, 0.0)))
 
@@ -301,7 +300,7 @@ def generate_completions(
 
 
 def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's output in every state s_t = (q, o_{<t}), before the token o_t: (N, T, V) logits that predict o_t."""
+    """The model's output in every state s_t = (q, o_{<t}), (N, T, V): logits that predict o_t, or one value (V = 1)."""
     group_size = len(batch.completion_ids) // len(batch.prompt_ids)
     lengths = batch.prompt_mask.sum(1, keepdim=True)                                        # (B, 1)
     t = torch.arange(batch.completion_ids.shape[1], device=lengths.device)                  # (T,)
@@ -313,9 +312,9 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
         # Each token is predicted one place before its own, the first at the end of the prompt.
         before = (lengths - 1 + t).clamp(max=ids.shape[1] - 1)                              # (N, T)
         return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits                    # (N, T, V)
-    # The prompt runs once, as in `generate_completions`, and its gradient is the sum of those of its completions.
+    # The prompt runs once, as in `generate_completions`. Its gradient is the sum over its completions.
     position_ids = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                           # (B, P)
-    # Its last state is asked for once per completion: products of a single row are not always rounded alike.
+    # Its last state predicts once per completion, because the product of a single row is not always rounded alike.
     last = torch.full((group_size,), position_ids.shape[1] - 1, device=t.device)
     output = model(input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=position_ids,
                    use_cache=True, logits_to_keep=last)
@@ -474,7 +473,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         lowest, highest = rewards.view(-1, args.group_size).aminmax(dim=1)                  # (B,), of each group
         has_signal = (highest > lowest) | (args.beta > 0)                                   # (B,)
         batch = batch if args.share_prompt else batch.unshared()
-        # One update per minibatch, one forward and backward pass per micro-batch.
+        # One update per minibatch; the gradients of its micro-batches add up.
         minibatches = split_batch(batch, has_signal, policy.config.get_text_config().vocab_size, args)
         with torch.no_grad(), autocast:
             # Differs: pi_old never comes from the sampler. With one update per step it is pi_theta itself, else the
@@ -718,7 +717,7 @@ def can_share_prompt(policy: nn.Module, problems: list, args: Args) -> bool:
         ids = torch.randint(vocab_size, (4, longest + width), generator=generator)
         prompts = pad_prompts([ids[0, :longest].tolist(), ids[1, : longest // 4 + 1].tolist()], device)
         mask = (torch.arange(width) < torch.tensor([[width], [width // 2], [1], [width]])).to(device)  # (4, width)
-        ids[:, longest] = ids[0, longest]  # all begin alike, so two to one prompt have one first log-probability
+        ids[:, longest] = ids[0, longest]  # all begin alike, so two to one prompt agree on the first log-probability
         batch = Batch(*prompts, ids[:, longest:].to(device), mask, mask.float())
         alone, _ = completion_logprobs(policy, batch.unshared(), 1.0)                       # (4, width)
         if not (alone[::2, 0] - alone[1::2, 0]).abs().max() < 1e-3:
@@ -729,7 +728,7 @@ def can_share_prompt(policy: nn.Module, problems: list, args: Args) -> bool:
         scored, _ = completion_logprobs(policy, Batch(*prompts, *sampled).unshared(), 1.0)
         if not (gap := (scored - sampled[2]).abs().max().item()) < 1e-3:
             raise ValueError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats")
-    if not args.share_prompt or args.group_size == 1 or args.gradient_checkpointing:  # a cache cannot be recomputed
+    if not args.share_prompt or args.group_size == 1 or args.gradient_checkpointing:  # it would fill a cache twice
         return False
     try:
         gap = (completion_logprobs(policy, batch, 1.0)[0] - alone).abs().max().item()
@@ -750,8 +749,8 @@ def max_logits(device: torch.device) -> int:
 
 
 def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -> list[tuple[Tensor, ...]]:
-    """Cut the batch into minibatches of whole groups, one optimizer update each, and this process's groups of each into
-    micro-batches of whole groups or equal parts of one group, as large as fit. Returns indices of completions.
+    """Cut the batch into minibatches, one optimizer update each, and this process's groups of each into micro-batches:
+    whole groups, or equal parts of one. Returns indices of completions.
 
     has_signal: (B,). Groups without it add nothing to the gradient and are left out, but all processes keep the same
     number of groups and passes.
@@ -762,15 +761,15 @@ def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -
     G = groups.shape[1]
     groups = groups.gather(1, lengths[groups].argsort(dim=1, stable=True))                  # by length
     has_signal = has_signal.cpu().repeat_interleave(len(prompts) // len(has_signal))        # (B,)
-    for rows in torch.arange(len(prompts)).chunk(args.num_minibatches):
-        kept = math.ceil(int(has_signal[rows].sum()) / processes) * processes
-        rows = rows[has_signal[rows].byte().argsort(descending=True, stable=True)][:kept]
-        rows = rows[(prompts[rows] + lengths[groups[rows]].sum(1)).argsort(descending=True, stable=True)]
-        P, T = (int(x.max()) if kept else 0 for x in (prompts[rows], lengths[groups[rows]]))
-        sizes = [n for n in range(2, kept * G + 1) if n % G == 0 or G % n == 0]  # whole groups, or equal parts of one
-        fits = [n for n in sizes if n * T + math.ceil(n / G) * P <= args.micro_batch_tokens
-                and n * T * vocab_size <= max_logits(device)]
-        index = groups[rows[rank::processes]].flatten().to(device)
+    for chosen in torch.arange(len(prompts)).chunk(args.num_minibatches):
+        kept = math.ceil(int(has_signal[chosen].sum()) / processes) * processes
+        chosen = chosen[has_signal[chosen].byte().argsort(descending=True, stable=True)][:kept]
+        chosen = chosen[(prompts[chosen] + lengths[groups[chosen]].sum(1)).argsort(descending=True, stable=True)]
+        P, T = (int(x.max()) if kept else 0 for x in (prompts[chosen], lengths[groups[chosen]]))
+        # A copy of the keys and values of a prompt takes about an eighth of the memory of its activations.
+        fits = [n for n in range(2, kept * G + 1) if (n % G == 0 or G % n == 0) and n * T * vocab_size
+                <= max_logits(device) and n * T + math.ceil(n / G) * P + n * P / 8 <= args.micro_batch_tokens]
+        index = groups[chosen[rank::processes]].flatten().to(device)
         minibatches.append(index.split(max(fits, default=1)) if kept else ())
     return minibatches
 
@@ -799,19 +798,19 @@ class Metrics:
     """Means over the tokens and the updates of a step, collected on the device."""
 
     def __init__(self):
-        self.sums, self.count, self.losses, self.ratios, self.grad_norms = {}, 0, [], [], []
+        self.sums, self.counts, self.losses, self.ratios, self.grad_norms = {}, {}, [], [], []
 
     def add(self, mask: Tensor, loss: Tensor, **per_token: Tensor) -> None:
         """The loss of one micro-batch, and values of its tokens, (N', T)."""
         self.losses.append(loss.detach())
-        self.count = self.count + mask.sum()
         self.ratios += [per_token.pop("ratio").where(mask, 0.0).max()] if "ratio" in per_token else []
         for name, value in per_token.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().where(mask, 0.0).sum()
+            self.counts[name] = self.counts.get(name, 0) + mask.sum()
 
     def mean(self, name: str) -> float:
         """Over the tokens of all processes."""
-        total, count = all_sum(torch.stack([self.sums[name], self.count])).tolist()
+        total, count = all_sum(torch.stack([self.sums[name], self.counts[name]])).tolist()
         return total / max(count, 1)
 
     def means(self, prefix: str) -> dict[str, float]:
@@ -873,7 +872,7 @@ def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
             copied.copy_(full_tensor(current))
 
 
-# ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the rows -----
+# ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the prompts -----
 
 
 def start(args: Args) -> torch.device:

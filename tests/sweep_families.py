@@ -6,7 +6,6 @@ The truth is each completion alone behind its prompt in a plain forward pass. Ve
 
     shares     several completions share a prompt, and all numbers are right
     alone      each completion gets a prompt of its own, and all numbers are right
-    step 0     sampling and scoring differ by so much that the first training step refuses the model
     refused    a sentence says why before that
     WRONG      none of these: wrong numbers, gradients that are not finite, an exception that is no UserError, no end
     not built  no tiny model could be made here, which says nothing about grpo.py
@@ -181,7 +180,7 @@ def check(family: str, special: dict) -> tuple[str, float, str]:
         gaps[name] = (scored - truth)[of_token].abs()
         all_finite &= finite_gradients(model, one)
         if name == "alone":
-            gap = gaps["sampled - scored"] = (batch.sampler_logprobs - scored)[of_token].abs()
+            gaps["sampled - scored"] = (batch.sampler_logprobs - scored)[of_token].abs()
     largest = torch.cat(list(gaps.values())).max().item()
     hangs = (one_by_one(model, batch, change=1) - truth).abs().max()
     notes += [] if hangs > 0.05 else [f"(only {hangs:.2g} nats hang on the first token)"]
@@ -189,7 +188,7 @@ def check(family: str, special: dict) -> tuple[str, float, str]:
     if largest <= TOLERANCE and all_finite:
         return "shares" if shared else "alone", largest, "; ".join(notes)
     notes.append(", ".join(f"{name} {x.max():.2g}" for name, x in gaps.items()))
-    return "WRONG" if gap.mean() < 0.01 or not all_finite else "step 0", largest, "; ".join(notes)
+    return "WRONG", largest, "; ".join(notes)
 
 
 def verdict(case: tuple[str, dict]) -> tuple[str, float, str]:

@@ -270,11 +270,11 @@ def test_pitfall_07_a_group_stays_whole_and_with_its_prompt_when_others_are_drop
             prompts = batch.prompt_ids[whole // 3][:, -kept.prompt_ids.shape[1] :]
             assert torch.equal(kept.prompt_ids.repeat_interleave(6 // len(kept.prompt_ids), 0), prompts)
 
-    own, rows = "has_signal.cpu().repeat_interleave(", "groups[rows[rank::processes]]"
+    own, rows = "has_signal.cpu().repeat_interleave(", "groups[chosen[rank::processes]]"
     assert_caught(
         check,
         bug(script, "split_batch", own, "has_signal.cpu().repeat("),
-        bug(script, "split_batch", rows, "groups[rows.argsort()[rank::processes]]"),  # numbered anew
+        bug(script, "split_batch", rows, "groups[chosen.argsort()[rank::processes]]"),  # numbered anew
         bug(script, "Batch.unshared", "x.repeat_interleave(group_size, 0)", "x.repeat(group_size, 1)"),
         bug(script, "Batch.rows", "// group_size    ", "% len(self.prompt_ids)"),
     )

@@ -66,6 +66,9 @@ def test_a_run_leaves_a_trained_model_a_checkpoint_and_every_curve(script):
     for tag, points in found.items():
         assert [step for step, _ in points] == ([0, 2, 3] if tag in evaluation else [0, 1, 2]), tag
         assert torch.tensor([value for _, value in points]).isfinite().all(), tag
+    if script is ppo:  # both epochs see the same tokens
+        whole, *epochs = (found[f"policy/approx_kl{epoch}"][-1][1] for epoch in ("", "_epoch_1", "_epoch_2"))
+        assert 0 < whole == pytest.approx(sum(epochs) / 2, rel=1e-3)
 
 
 def test_the_seconds_of_a_step_and_its_tokens_per_second_are_logged(script, monkeypatch):
