@@ -1090,8 +1090,8 @@ class Run:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         with as_user_error(f"{path} cannot be loaded"):
-            with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():  # torch.load does not compare the checksums
+            with zipfile.ZipFile(path) as file:  # torch.load compares no checksums and skips what looks like a folder
+                if damaged := file.testzip() or next((x.filename for x in file.infolist() if x.external_attr), None):
                     raise ValueError(f"{damaged} is damaged")
             saved = torch.load(path, weights_only=True, map_location="cpu")
             pairs = {name: (saved["fixed"].get(name), now) for name, now in self.fixed.items()}
