@@ -231,7 +231,7 @@ class Batch(NamedTuple):
         """The completions of this index, (N',), and their prompts, cut to the longest completion and the longest prompt
         among them. The index must hold whole groups, or a part of one group."""
         group_size = len(self.completion_ids) // len(self.prompt_ids)
-        prompts = index[:: min(group_size, len(index))] // group_size                       # (B',)
+        prompts = index[::group_size] // group_size                                         # (B',)
         longest = torch.stack([self.prompt_mask[prompts].sum(1).max(), self.completion_mask[index].sum(1).max()])
         prompt_width, width = longest.clamp(min=1).tolist()
         columns = (x if x is None else x[index, :width] for x in self[2:])
@@ -331,7 +331,7 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
         ids = pad_sequence(ids, batch_first=True)                                           # (N, L)
         # Each token is predicted one place before its own, the first at the end of the prompt.
         before = (lengths - 1 + t).clamp(max=ids.shape[1] - 1)                              # (N, T)
-        return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits                    # (N, T, V)
+        return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits          # (N, T, V)
     # The prompt runs once, as in `generate_completions`. Its gradient is the sum over its completions.
     position_ids = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                           # (B, P)
     # Its last state predicts once per completion, because the product of a single row is not always rounded alike.

@@ -208,7 +208,9 @@ def test_micro_batches_hold_every_completion_once_and_keep_to_the_budget(shared,
 
 def test_completions_of_similar_lengths_share_a_micro_batch():
     batch = batch_of(grpo, num_prompts=1, group_size=6, width=9)
-    (parts,) = cut(batch, micro_batch_tokens=5 + 18 + 2, num_minibatches=1)
+    P, T = batch.prompt_mask.sum(1).max(), batch.completion_mask.sum(1).max()
+    # Three completions and their prompt would fit, but not with three copies of its keys and values.
+    (parts,) = cut(batch, micro_batch_tokens=float(3 * T + P + 3 * P / 8) - 0.1, num_minibatches=1)
     lengths = [batch.completion_mask[index].sum(1).tolist() for index in parts]
     assert [len(x) for x in lengths] == [2, 2, 2]
     assert [*chain(*lengths)] == sorted(batch.completion_mask.sum(1).tolist())
