@@ -9,12 +9,16 @@ As on CUDA, an operation takes all its tensors from one device, except that
 What the host reads makes it wait for the device, and so does every copy from or to it that is not non_blocking, as in
 torch.cuda.set_sync_debug_mode. `waits` counts this by the line that asked.
 
+Where there is a GPU, importing this file registers nothing: the tests then run on CUDA, and `waits` counts what torch
+warns of.
+
 `fallback` gets every operation that torch does not compose of others, below autograd and autocast. The storage of a
 tensor is one of the device, over host memory, so views, autograd and the sharing of weights are torch's own. Of the
 operations of autocast, only what language models use is here.
 """
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -25,7 +29,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-NAME, SCRIPTS, TORCH = "second", ("grpo.py", "ppo.py"), str(Path(torch.__file__).parent)
+NAME, SCRIPTS = "cuda" if torch.cuda.is_available() else "second", ("grpo.py", "ppo.py")
+BETWEEN = str(Path(torch.__file__).parent), warnings.__file__, __file__  # what lies between a wait and who asked
 CPU, AUTOCAST = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, x)) for x in ("CPU", "AutocastPrivateUse1"))
 # CUDA's autocast computes these in the lower precision, and these in float32.
 LOWER = ("linear", "matmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "einsum", "scaled_dot_product_attention",
@@ -74,7 +79,7 @@ def wait(operation: str) -> None:
     frame, lines = sys._getframe(1), []
     while frame and not (lines and lines[-1].startswith(SCRIPTS)):
         code = frame.f_code
-        if not code.co_filename.startswith((TORCH, __file__)):
+        if not code.co_filename.startswith(BETWEEN):
             lines.append(f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}")
         frame = frame.f_back
     waits[" < ".join([operation, *lines[:1], *lines[1:][-1:]] if lines else [operation, "autograd"])] += 1
@@ -163,14 +168,27 @@ def autocast(op: OpOverload, lower: bool) -> Callable:
     return kernel
 
 
-_setup_privateuseone_for_python_backend(NAME, Module())
-clone = torch.UntypedStorage.clone  # copy.deepcopy needs it
-torch.UntypedStorage.clone = lambda self: over(clone(self.host)) if self.device.type == NAME else clone(self)
-everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-everything.fallback(fallback, "PrivateUse1")
-everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-for packet in (getattr(torch.ops.aten, name) for name in LOWER + FLOAT32):
-    for op in (getattr(packet, name) for name in packet.overloads()):
-        if not any(a.is_out or a.type.kind() == "StringType" for a in op._schema.arguments):
-            aten.impl(op, autocast(op, packet.__name__ in LOWER), "AutocastPrivateUse1")
-torch.accelerator.synchronize = lambda *_: None  # the device is never behind
+def register() -> tuple[torch.library.Library, ...]:
+    """Make the device known to torch, for as long as what this returns is alive."""
+    _setup_privateuseone_for_python_backend(NAME, Module())
+    clone = torch.UntypedStorage.clone  # copy.deepcopy needs it
+    torch.UntypedStorage.clone = lambda self: over(clone(self.host)) if self.device.type == NAME else clone(self)
+    everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything.fallback(fallback, "PrivateUse1")
+    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for packet in (getattr(torch.ops.aten, name) for name in LOWER + FLOAT32):
+        for op in (getattr(packet, name) for name in packet.overloads()):
+            if not any(a.is_out or a.type.kind() == "StringType" for a in op._schema.arguments):
+                aten.impl(op, autocast(op, packet.__name__ in LOWER), "AutocastPrivateUse1")
+    torch.accelerator.synchronize = lambda *_: None  # the device is never behind
+    return everything, aten
+
+
+def watch_cuda() -> None:
+    """Count what torch warns of."""
+    torch.cuda.set_sync_debug_mode("warn")
+    warnings.simplefilter("always")
+    warnings.showwarning = lambda message, *_: wait("CUDA") if "synchronizing CUDA" in str(message) else None
+
+
+registered = watch_cuda() if NAME == "cuda" else register()

@@ -135,7 +135,7 @@ def train_ours(job: dict, case: Case) -> dict:
 
     grpo.load_policy = load_policy
     grpo.reward = lambda completion, answer: float(next(rewards))
-    grpo.Run.save = lambda run: None
+    grpo.Run.save = lambda *_: None
     before = peak_memory(job["device"])
     options = {name: getattr(case, name) for name in ("num_prompts", "group_size", "max_new_tokens", "beta", "dtype")}
     options |= {name: job[name] for name in ("model", "device", "micro_batch_tokens")}

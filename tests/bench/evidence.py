@@ -56,8 +56,9 @@ KLS = {
     **{f"{k} in the reward": f"{KL} --kl-estimator {k} --kl-placement reward" for k in ("k1", "k2", "k3")},
 }
 SIZES = {f"G = {g}": f"grpo.py --group-size {g} --num-prompts {COMPLETIONS // g}" for g in (2, 4, 8, 16, 32)}
-SUMS = "--model ../../smollm2 --data sums_train.jsonl --eval-data sums_test.jsonl"
-PRETRAINED = {"SmolLM2": f"grpo.py {SUMS} --num-prompts 16 --max-new-tokens 8 --learning-rate 1e-5"}
+SUMS = "--model ../../smollm2 --data sums_train.jsonl --eval-data sums_test.jsonl --max-new-tokens 8"
+SUMS += " --learning-rate 1e-5"
+PRETRAINED = {"GRPO": f"grpo.py {SUMS} --num-prompts 16", "PPO": f"ppo.py {SUMS} --num-prompts 128"}
 EXPERIMENTS = {"learning": {"GRPO": "grpo.py", "PPO": "ppo.py"}, "variants": VARIANTS, "kl": KLS, "group_size": SIZES}
 EXPERIMENTS |= {"pretrained": PRETRAINED}
 COLUMNS = {  # of a file: (curve of the run, format in the tables, axis of its panel)
@@ -98,22 +99,27 @@ def header(group: str, args: argparse.Namespace) -> list[str]:
     scripts = [ROOT / name for name in ("grpo.py", "ppo.py", "advantage.py", "kl.py")]
     git = lambda *words: subprocess.check_output(["git", *words, "--", *scripts], cwd=ROOT, text=True).strip()
     cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    options = f"--steps {args.steps} --jobs {args.jobs} --threads {args.threads} --seeds SEEDS"
+    gpu = ""
+    if args.device == "cuda":
+        import torch
+
+        gpu = f", one {torch.cuda.get_device_name()}"
+    options = f"--device {args.device} --steps {args.steps} --jobs {args.jobs} --threads {args.threads} --seeds SEEDS"
     return [
         f"# command: python tests/bench/evidence.py runs --only {group} {options}",
-        f"# one run: python COMMAND --seed SEED --num-steps {args.steps} --device cpu",
+        f"# one run: python COMMAND --seed SEED --num-steps {args.steps} --device {args.device}",
         f"# commit: {git('log', '-1', '--format=%h')}{' with changes' if git('status', '--porcelain') else ''}",
-        f"# machine: {os.cpu_count()} cores of {cpu}, torch {version('torch')}",
+        f"# machine: {os.cpu_count()} cores of {cpu}, torch {version('torch')}" + gpu,
     ]
 
 
-def one_run(group: str, name: str, seed: int, steps: int) -> list[dict[str, str]]:
+def one_run(group: str, name: str, seed: int, steps: int, device: str) -> list[dict[str, str]]:
     """Train in a process of its own. Returns the rows of the run, to four digits: more than the seeds agree in."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     command, folder = EXPERIMENTS[group][name], WORK / "runs" / re.sub(r"\W+", "-", f"{group}-{name}-{seed}")
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped
-    script, *words = f"{command} --seed {seed} --num-steps {steps} --device cpu --run-name {folder.name}".split()
+    script, *words = f"{command} --seed {seed} --num-steps {steps} --device {device} --run-name {folder.name}".split()
     words += ["--eval-every", str(steps // 10 if group == "learning" else steps), "--save-every", "0"]
     process = subprocess.run([sys.executable, ROOT / script, *words], cwd=WORK, capture_output=True, text=True)
     if process.returncode or f"trained model after {steps} steps" not in process.stderr:
@@ -177,7 +183,7 @@ def runs(args: argparse.Namespace) -> None:
     sums(args)
 
     def keep(job: tuple[str, str, int]) -> None:
-        group, rows = job[0], one_run(*job, args.steps)
+        group, rows = job[0], one_run(*job, args.steps, args.device)
         with lock:
             files[group] += rows
             write(csv_of(group, args), heads[group], files[group])
@@ -219,7 +225,7 @@ def tables(args: argparse.Namespace) -> None:
                 p, z = float(row[column]), 1.96**2 / 236
                 middle, half = (p + z / 2) / (1 + z), (z * (p * (1 - p) + z / 4)) ** 0.5 / (1 + z)
                 found = f"{column} {p:.3f} ({middle - half:.3f} to {middle + half:.3f})"
-                print(f"seed {row['seed']}, step {row['step']}: {found}")
+                print(f"{row['name']}, seed {row['seed']}, step {row['step']}: {found}")
 
 
 def pictures(args: argparse.Namespace) -> None:
@@ -257,6 +263,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=100, help="of every run; fewer for a trial")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; jobs x threads above the cores cost seconds")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--csv", type=lambda x: Path(x).resolve(), default=ROOT / ".github/evidence", help="the folder")
     args = parser.parse_args()
     {"runs": runs, "tables": tables, "pictures": pictures, "sums": sums}[args.what](args)
