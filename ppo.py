@@ -1059,10 +1059,12 @@ def shard(model: nn.Module | None, gradient_checkpointing: bool = False) -> None
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers if gradient_checkpointing else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    for module in [*layers, model] if dist.is_initialized() else []:
-        fully_shard(module)
-        module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
-        module.set_force_sum_reduction_for_comms(True)
+    if dist.is_initialized():
+        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world()[1],))  # by default it is the GPUs
+        for module in [*layers, model]:
+            fully_shard(module, mesh=mesh)
+            module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
+            module.set_force_sum_reduction_for_comms(True)
 
 
 # ----- The run: checkpoints, curves, what is printed, signals -----

@@ -14,7 +14,7 @@ import torch
 import conftest  # noqa: F401, finds the scripts
 import grpo
 import ppo
-import second_device  # noqa: F401, is the device
+import second_device
 import test_second_device
 from running import SMALL, leaves, make_folder
 
@@ -72,6 +72,7 @@ def attempt(name: str, number: int) -> tuple[str, int]:
 
 
 def main() -> None:
+    second_device.use()
     make_folder(Path("start"))
     for script in SCRIPTS.values():  # imports what training will, once for all processes
         args = script.Args(**SMALL | dict(model="start/model", data="start/data.jsonl"))

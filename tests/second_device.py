@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """A device for tests, "second": its tensors lie in the memory of the CPU and are computed there, and it refuses what
-CUDA refuses. Importing this file registers it with torch, as the accelerator of the process: one per process.
+CUDA refuses. `use` registers it with torch, as the accelerator of the process: one per process.
 
 As on CUDA, an operation takes all its tensors from one device, except that
     - a 0-dim tensor of the CPU counts as a number in pointwise operations,
@@ -9,8 +9,8 @@ As on CUDA, an operation takes all its tensors from one device, except that
 What the host reads makes it wait for the device, and so does every copy from or to it that is not non_blocking, as in
 torch.cuda.set_sync_debug_mode. `waits` counts this by the line that asked.
 
-Where there is a GPU, importing this file registers nothing: the tests then run on CUDA, and `waits` counts what torch
-warns of.
+Where there is a GPU, the tests run on CUDA instead, and `waits` counts what torch warns of. There, on an H100, CUDA
+refused and allowed the same, and waited as often in sampling.
 
 `fallback` gets every operation that torch does not compose of others, below autograd and autocast. The storage of a
 tensor is one of the device, over host memory, so views, autograd and the sharing of weights are torch's own. Of the
@@ -41,6 +41,8 @@ FLOAT32 = ("exp", "expm1", "log", "log1p", "log2", "reciprocal", "rsqrt", "pow",
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 INDEXING = ("index", "_index_put_impl_")
 SET = torch.ops.aten.set_.source_Storage_storage_offset
+
+LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")  # as long as these are alive
 
 waits: Counter[str] = Counter()
 
@@ -168,12 +170,18 @@ def autocast(op: OpOverload, lower: bool) -> Callable:
     return kernel
 
 
-def register() -> tuple[torch.library.Library, ...]:
-    """Make the device known to torch, for as long as what this returns is alive."""
+def use() -> None:
+    """Make the device known to torch, for the rest of the process. On CUDA: count what torch warns of."""
+    if NAME == "cuda":
+        warnings.simplefilter("ignore")  # a first one says that not every wait is warned of
+        torch.cuda.set_sync_debug_mode("warn")
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: wait("CUDA") if "synchronizing CUDA" in str(message) else None
+        return
     _setup_privateuseone_for_python_backend(NAME, Module())
     clone = torch.UntypedStorage.clone  # copy.deepcopy needs it
     torch.UntypedStorage.clone = lambda self: over(clone(self.host)) if self.device.type == NAME else clone(self)
-    everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything, aten = LIBRARIES
     everything.fallback(fallback, "PrivateUse1")
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for packet in (getattr(torch.ops.aten, name) for name in LOWER + FLOAT32):
@@ -181,14 +189,3 @@ def register() -> tuple[torch.library.Library, ...]:
             if not any(a.is_out or a.type.kind() == "StringType" for a in op._schema.arguments):
                 aten.impl(op, autocast(op, packet.__name__ in LOWER), "AutocastPrivateUse1")
     torch.accelerator.synchronize = lambda *_: None  # the device is never behind
-    return everything, aten
-
-
-def watch_cuda() -> None:
-    """Count what torch warns of."""
-    torch.cuda.set_sync_debug_mode("warn")
-    warnings.simplefilter("always")
-    warnings.showwarning = lambda message, *_: wait("CUDA") if "synchronizing CUDA" in str(message) else None
-
-
-registered = watch_cuda() if NAME == "cuda" else register()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard import _fully_shard
 
 import grpo
 import ppo
@@ -52,6 +53,7 @@ def work(number: int) -> None:
     half         2 steps, with which another number of processes goes on
     """
     torch.set_num_threads(1)
+    _fully_shard._init_default_mesh = None  # with a GPU it would be that of CUDA, whatever --device says
     for module in (grpo, ppo):
         module.reward, update = some_pay, module.optimizer_step
         for name, (only, model, choices) in CASES.items():

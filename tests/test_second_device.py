@@ -62,6 +62,7 @@ def work() -> None:
     """All that is done on the device. The last line of its output is what was seen."""
     import second_device
 
+    second_device.use()
     device = torch.accelerator.current_accelerator(check_available=True)
     told = {"refused": [name for name, case in [*REFUSED.items(), *ALLOWED.items()] if refuses(case, device)]}
     for script in (grpo, ppo):
