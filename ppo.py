@@ -78,6 +78,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import logging as transformers_logging
@@ -297,6 +298,8 @@ def generate_completions(
     logprobs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)              # (N, T)
     rows = torch.arange(num_completions, device=device)                                     # those still in the batch
     running = torch.ones_like(rows, dtype=torch.bool)                                       # no EOS token yet
+    # Python takes longer to start the kernels of a step than a GPU to run them. So a step is recorded, then replayed.
+    graph_step, use_graph = None, device.type == "cuda" and all(type(layer) is StaticLayer for layer in cache.layers)
     for t in range(max_new_tokens):
         tokens, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
         ids[rows, t] = tokens
@@ -304,12 +307,17 @@ def generate_completions(
         still_running = int(running.sum()) if (t + 1) % STOP_TEST_EVERY == 0 else len(rows)
         if t + 1 == max_new_tokens or still_running == 0:
             break
-        if still_running < len(rows):
+        if still_running < (len(rows) / 2 if use_graph else len(rows)):
             kept = running.nonzero()[:, 0]  # finished rows leave the batch and the cache
             rows, running, tokens, visible, lengths = (x[kept] for x in (rows, running, tokens, visible, lengths))
             cache.reorder_cache(kept)
-        logits = policy(tokens[:, None], attention_mask=visible[:, : prompt_width + t + 1], use_cache=True,
-                        position_ids=lengths[:, None] + t, past_key_values=cache).logits[:, -1]  # (N', V)
+            graph_step = None
+        if use_graph and t:  # the first step has loaded the kernels
+            graph_step = graph_step or record_step(policy, visible, lengths[:, None] + t, cache)
+            logits = graph_step(tokens)                                                     # (N', V)
+        else:
+            logits = policy(tokens[:, None], attention_mask=visible[:, : prompt_width + t + 1], use_cache=True,
+                            position_ids=lengths[:, None] + t, past_key_values=cache).logits[:, -1]  # (N', V)
     ended = torch.isin(ids, eos_ids)                                                        # (N, T)
     mask = ended.cumsum(1) - ended.long() == 0      # (N, T), true through the first EOS token; the rest is ignored
     longest = int(mask.sum(1).max())
@@ -970,6 +978,23 @@ def make_sampler(policy: nn.Module, dtype: str) -> nn.Module:
     for parameter in sampler.parameters():  # and no buffer: rounded rotary frequencies drift with the position
         parameter.data = parameter.data.to(getattr(torch, dtype))
     return sampler
+
+
+def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache: StaticCache) -> Callable:
+    """A step of sampling as a CUDA graph: a function of the last tokens, (N',), that returns the logits, (N', V). Every
+    call reads and writes the same memory: the tokens, the positions, the cache, the logits."""
+    tokens, graph = torch.zeros_like(position_ids), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        logits = policy(tokens, attention_mask=visible, position_ids=position_ids, past_key_values=cache,
+                        use_cache=True).logits[:, -1]
+
+    def step(new_tokens: Tensor) -> Tensor:
+        tokens.copy_(new_tokens[:, None])
+        graph.replay()
+        position_ids.add_(1)
+        return logits
+
+    return step
 
 
 @torch.no_grad()

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Sampling: from the whole distribution at one temperature, with shared prompts and dropped rows."""
 
+import inspect
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import grpo
 from families import NOT_SHARING, SHARING, VOCAB, make_model
@@ -74,6 +79,71 @@ def test_sampling_ends_when_every_completion_has_ended_and_finished_rows_are_not
     assert rows[0] == 3
     assert rows[1:] == sorted(rows[1:], reverse=True)
     assert rows[-1] < 12
+
+
+class Graph(TorchDispatchMode):
+    """torch.cuda.CUDAGraph and torch.cuda.graph on the CPU: what is called inside is only written down, and every
+    replay does it again in the same memory. Memory from outside that is freed in between gets another use on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.names, self.kept, self.outside, self.own = [], {}, [], {}, {}
+
+    def name(self, x: object) -> object:
+        """What stands for a tensor in `calls`."""
+        if isinstance(x, torch.Tensor) and id(x) not in self.names:
+            self.names[id(x)] = f"tensor {len(self.names)}"
+            self.kept.append(x)
+        return self.names[id(x)] if isinstance(x, torch.Tensor) else x
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        new = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and id(x) not in self.names]
+        given = tree_map(self.name, (args, kwargs or {}))
+        self.outside |= {self.name(x): (weakref.ref(x), x.clone()) for x in new}
+        result = op(*args, **kwargs or {})
+        memory = {x().untyped_storage().data_ptr() for x, _ in self.outside.values()}
+        self.own |= {self.name(x): x for x in tree_leaves(result) if x.untyped_storage().data_ptr() not in memory}
+        self.calls.append((op, *given, tree_map(self.name, result)))
+        return result
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for x, before in self.outside.values():
+            x().copy_(before)
+        self.kept.clear()
+
+    def replay(self) -> None:
+        values = {name: x() for name, (x, _) in self.outside.items()}
+        assert all(x is not None for x in values.values()), "memory was freed that a replay needs"
+        values |= self.own
+        value = lambda x: values[x] if isinstance(x, str) and x in values else x
+        for op, args, kwargs, result in self.calls:
+            again = op(*tree_map(value, args), **tree_map(value, kwargs))
+            for name, x in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if name in self.own:
+                    self.own[name].copy_(x)
+                else:  # a view
+                    values.setdefault(name, x)
+
+
+@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
+@pytest.mark.parametrize("family", SHARING)
+def test_a_step_that_is_recorded_as_a_cuda_graph_samples_the_same(family, monkeypatch):
+    model, graphs = make_model(family, torch.float32, **SHARING[family]), []
+    _, expected = sample(model, max_new_tokens=16)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Graph()) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: graph)
+    source = inspect.getsource(grpo.generate_completions)
+    exec(source.replace('device.type == "cuda"', "True"), patched := {**vars(grpo)})
+    monkeypatch.setattr(grpo, "generate_completions", patched["generate_completions"])
+    _, recorded = sample(model, max_new_tokens=16)
+    assert torch.equal(recorded[0], expected[0])
+    assert torch.equal(recorded[1], expected[1])
+    torch.testing.assert_close(recorded[2], expected[2], atol=1e-5, rtol=0)
+    windows = getattr(model.config.get_text_config(), "layer_types", None) or []
+    assert (len(graphs) > 1) == (model._can_compile_fullgraph and "sliding_attention" not in windows), family
 
 
 def test_completions_run_through_the_first_eos_token_and_stop_there():
