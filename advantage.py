@@ -72,6 +72,16 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor) -> Tensor:
 
     One step per output, at its last token, is outcome supervision: `group_advantages` on every token.
 
+    In grpo.py these lines would replace the two that compute `advantages` (with beta 0, also set `has_signal` to true).
+    Every finished column of a sum, which ends in ";", earns 0.1:
+
+        mask = batch.completion_mask                                                        # (N, T)
+        last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+        column = mask & (batch.completion_ids == tokenizer.convert_tokens_to_ids(";"))
+        step_rewards = 0.1 * column + last * rewards[:, None]                               # (N, T)
+        step_rewards, ends = (x.unflatten(0, (-1, args.group_size)) for x in (step_rewards, column | last))
+        advantages = process_advantages(step_rewards, ends).flatten(0, 1)                   # (B, G, T) to (N, T)
+
     >>> rewards = torch.tensor([[[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]])
     >>> ends = torch.tensor([[[True, False, True], [True, False, True]]])
     >>> process_advantages(rewards, ends)           # steps 1, 1 | 0, 0: mean 1/2, std 0.577

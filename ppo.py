@@ -860,8 +860,8 @@ def can_share_prompt(policy: nn.Module, problems: list, args: Args) -> bool:
 
 
 def max_logits(device: torch.device) -> int:
-    """Most logits in one pass of the update: in float32, 256 MB on a CPU and 1 GB on an accelerator."""
-    return 2**26 if device.type == "cpu" else 2**28
+    """Most logits in one pass of the update: in float32, 256 MB on a CPU and a 24th of the memory of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory // 96 if device.type == "cuda" else 2**26
 
 
 def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -> list[tuple[Tensor, ...]]:

@@ -37,6 +37,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "runs" / "evidence"
+LOADING = threading.Lock()  # transformers loads one model at a time
 COMPLETIONS = 256  # a step, in every experiment with the tiny model
 VARIANTS = {  # name: command
     "GRPO": "grpo.py",
@@ -153,7 +154,8 @@ def exact_kl(folder: Path) -> float:
 
     args, cpu = grpo.check_args(grpo.Args()), torch.device("cpu")
     tokenizer, _, held_out = grpo.load_problems(args)
-    (policy, ends), (ref_policy, _) = (grpo.load_policy(str(x), tokenizer, cpu) for x in (folder, grpo.TINY))
+    with LOADING:
+        (policy, ends), (ref_policy, _) = (grpo.load_policy(str(x), tokenizer, cpu) for x in (folder, grpo.TINY))
     prompts = grpo.pad_prompts([ids for ids, _ in held_out], cpu)
     uniforms = torch.rand(len(prompts[0]), args.max_new_tokens, dtype=torch.float64, generator=grpo.seed_step(0, 0))
     batch = grpo.Batch(*prompts, *grpo.generate_completions(policy, *prompts, uniforms, args.temperature, ends))
