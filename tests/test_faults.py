@@ -84,7 +84,7 @@ def saves() -> int:
 
 
 @pytest.mark.parametrize("script", [grpo, pytest.param(ppo, marks=slow)], ids=["grpo", "ppo"], indirect=True)
-@pytest.mark.parametrize("kills", [24 if CI else 5])
+@pytest.mark.parametrize("kills", [24 if CI else 3])
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, capsys, kills):
     seed = random.randrange(1000)
     moments, pid, inside = random.Random(seed), "", 0

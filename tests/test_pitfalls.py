@@ -229,7 +229,7 @@ def train_in_two_processes(rank, port, args, bugs):
     os._exit(0)  # as `main` does
 
 
-@pytest.mark.parametrize("script", [grpo, pytest.param(ppo, marks=slow)], ids=["grpo", "ppo"], indirect=True)
+@slow
 def test_pitfall_05_the_gradient_does_not_depend_on_the_number_of_processes(script, run):
     whole = run()[1]["policy/grad_norm"][0][1]
     with socket.socket() as free:

@@ -29,7 +29,7 @@ CASES = {  # name: (script, folder of the model, arguments)
     "minibatches": ("both", "model", dict(num_minibatches=2, num_prompts=12, kl_placement="reward", beta=1.0)),
 }
 if not CI:
-    CASES = {name: CASES[name] for name in ("several", "token", "none_teaches", "minibatches")}
+    CASES = {name: CASES[name] for name in ("several", "minibatches")}
 COMMON = SMALL | dict(num_prompts=6, group_size=4, micro_batch_tokens=40, update_epochs=2, num_minibatches=1)
 COMMON |= dict(eval_data="held_out.jsonl")
 TRAIN = COMMON | dict(eval_every=2)

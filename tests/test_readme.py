@@ -13,7 +13,7 @@ import tyro
 
 import grpo
 import ppo
-from running import CI, curves, finish, slow, start
+from running import curves, finish, slow, start
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -144,18 +144,19 @@ def train_copy(folder: Path, script: str, text: str, steps: int) -> dict[str, li
     return curves("a")
 
 
-@pytest.mark.parametrize("script", ["grpo", pytest.param("ppo", marks=slow)])
+@slow
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
 def test_the_worked_example_trains_in_place_of_the_block_that_it_replaces(script, tmp_path, monkeypatch):
-    """For two steps; in the CI profile it also learns. Nothing outside of the block knows the task."""
+    """And learns. Nothing outside of the block knows the task."""
     before, _, rest = FILES[f"{script}.py"].partition("# ============================ CHANGE THIS")
     block, _, after = rest.partition("# ========================= end of the block to change")
     assert "def read_problem" in block
     assert len([line for line in TASK.splitlines() if line.strip()]) < 12
     monkeypatch.chdir(tmp_path)
-    points = train_copy(tmp_path, script, f"{before}{TASK}\n\n#{after}", 20 if CI else 2)
+    points = train_copy(tmp_path, script, f"{before}{TASK}\n\n#{after}", 20)
     (_, first), *_, (_, last) = points["eval/sampled"]
     assert 0 < first < 0.4
-    assert not CI or last > 0.75
+    assert last > 0.75
 
 
 def test_the_trained_model_is_loaded_and_prompted_as_it_is_shown(tmp_path, monkeypatch):
@@ -175,7 +176,7 @@ def test_process_supervision_trains_in_place_of_the_lines_that_it_replaces(tmp_p
     lines[replaced[0] : replaced[1] + 1] = [STEPS]
     text = "".join(lines).replace("import group_advantages", "import process_advantages")
     monkeypatch.chdir(tmp_path)
-    points = train_copy(tmp_path, "grpo", text, 20 if CI else 2)
+    points = train_copy(tmp_path, "grpo", text, 20)
     (_, first), *_, (_, last) = points["eval/sampled"]
     assert 0 < first < 0.5
-    assert not CI or last > 0.9
+    assert last > 0.9
