@@ -5,7 +5,7 @@ Papers: DeepSeekMath (arXiv 2402.03300) sections 4.1.1, 4.1.2 and 4.1.4 and Algo
 clipped objective. Successors are flags: DAPO (2503.14476), Dr. GRPO (2503.20783), RLOO (2402.14740), GSPO (2507.18071)
 and the importance-weighted KL of DeepSeek-V3.2 (2512.02556).
 
-The policy pi_theta is a causal language model: after a prompt q, it gives each next token a probability. Each step:
+The policy pi_theta is a causal language model: after a prompt q, it gives every next token a probability. Each step:
 
     1. Generate G completions o_1 .. o_G per prompt with the old policy            generate_completions
     2. Compute each completion's advantage: its reward relative to its group       group_advantages (advantage.py)
@@ -13,7 +13,7 @@ The policy pi_theta is a causal language model: after a prompt q, it gives each 
     4. Compute the clipped loss plus beta times that KL, and update the policy     grpo_loss
 
 Advantage and KL pull against each other: the advantage pushes the policy toward whatever earns more than its group's
-mean; the KL pulls it back to the reference policy, which still writes the language it was trained on.
+mean; the KL keeps it near the reference policy, so that it still writes the language it was trained on.
 
     symbol       name in the code    shape        meaning
     G, mu        group_size, update_epochs        completions per prompt; passes over them per step
@@ -97,7 +97,7 @@ class Args:
     group_size: int = 8
     """G: completions per prompt (DeepSeekMath used 64)"""
     max_new_tokens: int = 32
-    """T: the longest completion, in tokens; real models need more, such as 512"""
+    """T: maximum completion length in tokens; real models need more, such as 512"""
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-probability"""
     # The update
@@ -138,7 +138,7 @@ class Args:
     """leave completions without an EOS token out of the loss (DAPO's overlong filtering)"""
     # The machine
     share_prompt: bool = True
-    """compute a prompt once for the completions of a micro-batch, as in sampling; off if the model cannot do that"""
+    """run a prompt once for all its completions in a micro-batch, as in sampling; off if the model cannot do that"""
     micro_batch_tokens: int = 8192
     """maximum tokens, with padding, in a micro-batch of the update; changes gradients only by rounding"""
     gradient_checkpointing: bool = False
@@ -161,7 +161,7 @@ class Args:
 
 
 # ============================ CHANGE THIS: the task =============================
-# A task is a file of problems, a function that reads one line of it, and a reward. The algorithm needs nothing else.
+# A task is a file of problems, a function that reads one line of it, and a reward. Nothing else depends on the task.
 # Here the final number, after the marker "#", must be the right one. GSM8K's own files are in this format.
 
 INSTRUCTION = "\nThink step by step, then end with the final number after ####."
@@ -169,7 +169,7 @@ INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 
 def read_problem(record: dict) -> tuple[str | list[dict[str, str]], str]:
     """Read a line of --data: a prompt (text, or chat messages with "role" and "content") and an answer for `reward`.
-    A "prompt" is used unchanged; to a "question" the instruction is added."""
+    A "prompt" is used as it is; INSTRUCTION is appended to a "question"."""
     prompt = record["prompt"] if "prompt" in record else record["question"] + INSTRUCTION
     if not isinstance(record["answer"], str) or final_number("#" + record["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
@@ -187,7 +187,7 @@ def final_number(text: str) -> Decimal | None:
 
 def reward(completion: str, answer: str) -> float:
     """r_i: 1 if the completion's final number is the answer's, else 0. The text is parsed, never evaluated.
-    It has no special tokens; to keep them, set skip_special_tokens=False in `decode`."""
+    Special tokens are stripped; to keep them, set skip_special_tokens=False in `decode`."""
     number = final_number(completion)
     return float(number is not None and number == final_number("#" + answer))
 
@@ -202,15 +202,15 @@ class Batch(NamedTuple):
     prompt_mask: Tensor         # (B, P), bool, true on the tokens
     completion_ids: Tensor      # (N, T), right-padded
     completion_mask: Tensor     # (N, T), bool, true through the EOS token
-    sampler_logprobs: Tensor    # (N, T), from the sampler, perhaps in bfloat16; only for the curve policy/sampler_gap
+    sampler_logprobs: Tensor    # (N, T), from the sampler, perhaps in bfloat16; used only for policy/sampler_gap
     old_logprobs: Tensor | None = None  # (N, T), and so are all below
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
     weights: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Batch":
-        """The completions of this index, (N',), and their prompts, cut to the longest completion and the longest prompt
-        among them. The index must hold whole groups, or a part of one group."""
+        """The completions at these indices, (N',), with their prompts, each cut to the longest of them. They must
+        be whole groups, or a part of one group."""
         group_size = len(self.completion_ids) // len(self.prompt_ids)
         prompts = index[::group_size] // group_size                                         # (B',)
         longest = torch.stack([self.prompt_mask[prompts].sum(1).max(), self.completion_mask[index].sum(1).max()])
@@ -226,23 +226,19 @@ class Batch(NamedTuple):
 
 # ----- 1. Generate completions: o_1 .. o_G ~ pi_old(. | q) -----
 
-STOP_TEST_EVERY = 4  # tokens; each test waits for the device, and dropping finished rows copies the others
+STOP_TEST_EVERY = 4  # tokens between tests for finished rows; a test waits for the device, and dropping rows copies
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token for each row from softmax(logits / temperature), over the whole vocabulary, without top-k or top-p.
-
-    Args: logits (N, V); uniforms (N,), random numbers in [0, 1); temperature 0 takes the most probable token.
-    Returns: tokens and their log-probabilities in nats, both (N,).
-    """
+    """One token for each row of logits, (N, V), from softmax(logits / temperature), without top-k or top-p; the most
+    probable at temperature 0. uniforms: (N,), in [0, 1). Returns tokens and log-probabilities in nats, both (N,)."""
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (N, V)
     if temperature == 0:
         tokens = logp.argmax(-1)                                                            # (N,)
     else:
         # The first token whose cumulative probability exceeds the random number.
         cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (N, V)
-        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
-        tokens = tokens.clamp(max=cdf.shape[1] - 1)
+        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -252,20 +248,17 @@ def generate_completions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample G completions per prompt, token by token, each until an EOS token or T tokens.
 
-    Args:
-        prompt_ids, prompt_mask: (B, P), left-padded; the mask is true on the tokens.
-        uniforms: (N, T), N = B G, one random number per token, drawn in advance, so that a completion does not depend
-            on the other rows or on the process that samples it. eos_ids: (E,).
-
+    Args: prompt_ids, prompt_mask (B, P), as in `Batch`; eos_ids (E,); uniforms (N, T), N = B G, one random number per
+        token, drawn in advance, so that a completion depends neither on the other rows nor on the process.
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is now the length of the longest completion.
     """
     (num_prompts, prompt_width), (num_completions, max_new_tokens) = prompt_ids.shape, uniforms.shape
     device = prompt_ids.device
     # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
     uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)  # (N, T)
-    # A cache of fixed size, if the model can use one: then only the tests below wait for the device, not every token.
+    # A cache of fixed size, if the model can use one: only the tests below then wait for the device, not every token.
     cache = StaticCache(policy.config, prompt_width + max_new_tokens) if policy._can_compile_fullgraph else None
-    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                 # left padding must not shift positions
+    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                 # positions must ignore left padding
     output = policy(prompt_ids, attention_mask=prompt_mask.long(), position_ids=position_ids, past_key_values=cache,
                     use_cache=True, logits_to_keep=1)
     # The prompt ran once. Its keys and values are repeated for the G completions that follow it.
@@ -274,11 +267,10 @@ def generate_completions(
     logits, lengths, cache = output.logits[prompts, -1], prompt_mask.sum(1)[prompts], output.past_key_values  # (N, V)
     visible = nn.functional.pad(prompt_mask[prompts].long(), (0, max_new_tokens), value=1)  # (N, P + T)
 
-    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)                      # (N, T)
-    logprobs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)              # (N, T)
+    ids, logprobs = prompt_ids.new_zeros(uniforms.shape), torch.zeros_like(uniforms, dtype=torch.float32)  # (N, T)
     rows = torch.arange(num_completions, device=device)                                     # those still in the batch
     running = torch.ones_like(rows, dtype=torch.bool)                                       # no EOS token yet
-    # Python takes longer to start the kernels of a step than a GPU to run them. So a step is recorded, then replayed.
+    # On a GPU, starting the kernels of a step from Python takes longer than running them: record it once and replay it.
     graph_step, use_graph = None, device.type == "cuda" and all(type(layer) is StaticLayer for layer in cache.layers)
     for t in range(max_new_tokens):
         tokens, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
@@ -317,12 +309,12 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
         mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                     # (N, P + T)
         ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
         ids = pad_sequence(ids, batch_first=True)                                           # (N, L)
-        # Each token is predicted one place before its own, the first at the end of the prompt.
+        # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
         before = (lengths - 1 + t).clamp(max=ids.shape[1] - 1)                              # (N, T)
         return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits          # (N, T, V)
     # The prompt runs once, as in `generate_completions`. Its gradient is the sum over its completions.
     position_ids = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                           # (B, P)
-    # Its last state predicts once per completion, because the product of a single row is not always rounded alike.
+    # Its last state is projected once per completion, because a product of one row may be rounded differently.
     last = torch.full((group_size,), position_ids.shape[1] - 1, device=t.device)
     output = model(input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=position_ids,
                    use_cache=True, logits_to_keep=last)
@@ -336,18 +328,14 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def completion_logprobs(policy: nn.Module, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding.
-
-    Args: temperature: the one that sampled.
-    """
+    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding."""
     logits = predict_completions(policy, batch)                                             # (N, T, V)
     assert logits.shape[:2] == batch.completion_ids.shape, "the model ignores logits_to_keep"
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # at -6 nats, bfloat16 moves in steps of 0.03
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # near -6, bfloat16 values are 0.03 apart
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # (N, T, V)
     logprobs = logp.gather(2, batch.completion_ids[..., None])[..., 0]                      # (N, T)
-    # p log p is 0 at p = 0, and so is its gradient; the clamp keeps it so where a model masks a token with -inf.
-    # In pieces that stay in the cache of a CPU.
-    pieces = logp.flatten(0, 1).split(max(1, 2**20 // logp.shape[2]))                       # of (N T, V)
+    # p log p is 0 at p = 0, and so is its gradient; the clamp avoids 0 * -inf where a model masks a token with -inf.
+    pieces = logp.flatten(0, 1).split(max(1, 2**20 // logp.shape[2]))    # of (N T, V), that fit in the cache of a CPU
     entropy = -torch.cat([(x.exp() * x.clamp(min=torch.finfo(x.dtype).min)).sum(-1) for x in pieces])  # (N T,)
     return tuple(x.view_as(logprobs).where(batch.completion_mask, 0.0) for x in (logprobs, entropy))
 
@@ -364,7 +352,7 @@ def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int
 
         "sequence"  1/N 1/|o_i|               every completion counts the same (DeepSeekMath Eqs. 1 and 3)
         "token"     1 / sum_i |o_i|           every token counts the same, so long completions count more (DAPO Eq. 8)
-        "constant"  1 / (N max_new_tokens)    a constant instead of |o_i|: no bias by length (Dr. GRPO)
+        "constant"  1 / (N max_new_tokens)    a constant instead of |o_i|: no length bias (Dr. GRPO)
     """
     # Differs: DAPO averages over the tokens of a group, then over groups. Here, as is usual, over all tokens at once.
     mask = completion_mask.float()                                                          # (..., T)
@@ -396,7 +384,7 @@ def grpo_loss(
     assert ref_logprobs is None or ref_logprobs.shape == logprobs.shape
     if ratio_level not in ("token", "sequence"):
         raise ValueError(f"ratio_level must be one of token, sequence, got {ratio_level!r}")
-    # The padding is masked before exp: an overflow there would turn its zero gradient into NaN.
+    # The padding is masked before exp: an overflow there would make its gradient NaN instead of 0.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (..., T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (..., T)
     token_ratio = ratio = log_ratio.exp()                                                   # w_{i,t}, PPO Eq. 6
@@ -405,8 +393,8 @@ def grpo_loss(
         lengths = completion_mask.sum(-1, keepdim=True).clamp(min=1)                        # (..., 1), |o_i|
         ratio = (log_ratio.sum(-1, keepdim=True) / lengths).exp().expand_as(log_ratio)      # (..., T)
 
-    # PPO Eq. 7, a pessimistic bound: the gradient is 0 where the ratio is past the clip range on the side to which the
-    # advantage pushes it, and only there.
+    # PPO Eq. 7, a pessimistic bound: the gradient is 0 only where the ratio has left the clip range in the direction in
+    # which the advantage pushes it.
     unclipped = ratio * advantages                                                          # (..., T)
     clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high)) * advantages
     objective = torch.minimum(unclipped, clipped)                                           # (..., T)
@@ -430,7 +418,7 @@ def grpo_loss(
 
 
 def train(args: Args, stop: threading.Event | None = None) -> Path:
-    """Train a policy as `args` say. Returns its folder, in Hugging Face format. Setting `stop` ends the run early."""
+    """Train a policy. Returns its folder, in Hugging Face format. Setting `stop` ends the run early."""
     args, stop = check_args(args), stop or threading.Event()
     device = start(args)
     tokenizer, problems, held_out = load_problems(args)
@@ -446,7 +434,8 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None)}              # what a checkpoint holds
     run = Run(args, tokenizer, (problems, held_out), models, betas={})
     single_update = args.update_epochs * args.num_minibatches == 1
-    for step in run.steps():
+    for step in run.steps:
+        run.step = step
         refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta
         last = step == args.num_steps or all_sum(torch.tensor(stop.is_set(), device=device, dtype=torch.long)) > 0
         if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
@@ -455,17 +444,17 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
             run.save(last)
         if last:
             break
-        # Differs: Algorithm 1 always has this outer loop; here it is optional.
+        # Differs: this outer loop of Algorithm 1 is optional here.
         if ref_policy and args.ref_refresh_every and step and step % args.ref_refresh_every == 0:
             ref_policy.load_state_dict(policy.state_dict())                                 # pi_ref <- pi_theta
-        run.clock()
+        started = run.clock()
 
         # ---- 1. Generate G completions per prompt: the policy as it is now is pi_old ----
         chosen = next_problems(problems, step, args.num_prompts, args.seed)                 # B pairs (ids, answer)
         prompts = pad_prompts([ids for ids, _ in chosen], device)                           # (B, P), ids and mask
         shape = args.num_prompts * args.group_size, args.max_new_tokens
         uniforms = torch.rand(shape, dtype=torch.float64, generator=seed_step(args.seed, step))  # (N, T)
-        # Each process samples its share of the prompts. From `all_gather` on, all of them have the whole batch.
+        # Each process samples its share of the prompts. After `all_gather`, all of them have the whole batch.
         sampled = generate_completions(sampler, *(share(x) for x in (*prompts, uniforms)), args.temperature, eos_ids)
         answers = [answer for _, answer in share(chosen) for _ in range(args.group_size)]
         rewards = compute_rewards(decode(tokenizer, *sampled[:2]), answers, run)            # r_i
@@ -474,14 +463,14 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         ended = (torch.isin(batch.completion_ids, eos_ids) & batch.completion_mask).any(-1)  # (N,)
         if args.mask_truncated:
             batch = batch._replace(completion_mask=batch.completion_mask & ended[:, None])
-        run.clock("time/sample")
+        sampled_at = run.clock()
 
         # ---- The same tokens under pi_ref and pi_old, without gradient ----
         # Without a KL, a group of equal rewards has no signal: its advantages are 0 and so is its gradient.
-        lowest, highest = rewards.view(-1, args.group_size).aminmax(dim=1)                  # (B,), of each group
-        has_signal = (highest > lowest) | (args.beta > 0)                                   # (B,)
+        groups = rewards.view(-1, args.group_size)                                          # (B, G)
+        has_signal = (groups != groups[:, :1]).any(1) | (args.beta > 0)                     # (B,)
         batch = batch if args.share_prompt else batch.unshared()
-        # One update per minibatch; the gradients of its micro-batches add up.
+        # One update per minibatch; the gradients of its micro-batches are accumulated.
         minibatches = split_batch(batch, has_signal, policy.config.get_text_config().vocab_size, args)
         with torch.no_grad(), autocast:
             # Differs: pi_old never comes from the sampler. With one update per step it is pi_theta itself, else the
@@ -494,12 +483,10 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
                 batch = batch._replace(ref_logprobs=ref_logprobs)                           # (N, T)
 
         # ---- 2. The group-relative advantage: how much better than its group was each completion? ----
-        penalised = rewards                                                                 # (N,)
         if args.kl_placement == "reward" and ref_policy:
             # Eq. 3 has the KL in the loss. Here it is in the reward as in PPO for RLHF, summed over the completion.
             kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, args.kl_estimator)     # (N, T)
-            penalised = rewards - args.beta * kl.sum(-1)                                    # (N,)
-        groups = penalised.view(-1, args.group_size)                                        # (B, G)
+            groups = groups - args.beta * kl.sum(-1).view_as(groups)                        # (B, G)
         advantages = group_advantages(groups, args.advantage_scale, args.advantage_baseline)  # (B, G)
         advantages = advantages.view(-1, 1).expand_as(batch.completion_ids)                 # (N, T)
         # The weights are those of the whole batch, whichever minibatch a token is in. A minibatch holds
@@ -524,21 +511,20 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
                 metrics.add(rows.completion_mask, loss, entropy=entropy, sampler_gap=gap, **per_token)
             if minibatch:  # it is empty where no group has a signal
                 metrics.grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm))  # ascend J
-        run.clock("time/update")
 
         run.log({
+            "time/sample": sampled_at - started, "time/update": run.clock() - sampled_at,
             "reward/mean": rewards.mean(),
             "reward/std": rewards.view(-1, args.group_size).std(1).mean(),
             "completion/length": lengths.float().mean(),
             "completion/truncated": 1 - ended.float().mean(),
-            "policy/kl": 0.0,  # where no group has a signal
+            "policy/kl": 0.0,  # if no group has a signal
             **metrics.means("policy"),
         })
     return run.finish()
 
 
 # ================================== PLUMBING ====================================
-# What follows is not part of the algorithm: arguments, problems, cutting the batch, models, processes, the run.
 
 
 class UserError(Exception):
@@ -583,14 +569,12 @@ def check_args(args: Args) -> Args:
 
 # ----- Problems: prompts, completions and rewards -----
 
-NO_CODE = {"trust_remote_code": False}  # never run code that comes with a model, and never ask
-
 
 def load_problems(args: Args) -> tuple[PreTrainedTokenizerBase, list[tuple], list[tuple]]:
     """The tokenizer, the training problems and the held-out problems, each problem as (prompt ids, answer)."""
     with as_user_error(f"--model {args.model} is neither a model folder nor a reachable hub id"):
-        tokenizer = AutoTokenizer.from_pretrained(args.model, **NO_CODE)
-        config = AutoConfig.from_pretrained(args.model, **NO_CODE).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)  # neither run its code, nor ask
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False).get_text_config()
         limits = config.vocab_size, (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
     problems = read_problems(args.data, tokenizer, *limits)
     if args.eval_data:
@@ -634,10 +618,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     if not (isinstance(chat, list) and chat and all(map(is_message, chat))):
         raise ValueError('a prompt must be a text or a list of {"role": text, "content": text}')
     continued = chat[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        chat, add_generation_prompt=not continued, continue_final_message=continued, return_dict=False,
-        sanitize_control_tokens=True,
-    )
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=not continued, continue_final_message=continued,
+                                         return_dict=False, sanitize_control_tokens=True)
 
 
 def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
@@ -758,11 +740,8 @@ def max_logits(device: torch.device) -> int:
 
 def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -> list[tuple[Tensor, ...]]:
     """Cut the batch into minibatches, one optimizer update each, and this process's groups of each into micro-batches:
-    whole groups, or equal parts of one. Returns indices of completions.
-
-    has_signal: (B,). Groups without it add nothing to the gradient and are left out, but all processes keep the same
-    number of groups and passes.
-    """
+    whole groups, or equal parts of one. Groups without a signal add nothing to the gradient and are left out, but all
+    processes keep the same number of groups and passes. Returns indices of completions."""
     (rank, processes), minibatches, device = world(), [], batch.prompt_ids.device
     prompts, lengths = batch.prompt_mask.sum(1).cpu(), batch.completion_mask.sum(1).cpu()   # (B,); (N,)
     groups = torch.arange(len(lengths)).view(len(prompts), -1)                              # (B, G), of completions
@@ -838,8 +817,8 @@ class Metrics:
 def load_policy(model: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[nn.Module, Tensor]:
     """The policy in float32 without dropout, and every id that ends a completion."""
     with as_user_error(f"--model {model} cannot be loaded"):
-        options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE)
-        policy, info = AutoModelForCausalLM.from_pretrained(model, **options)
+        options = dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+        policy, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
         lacking = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]  # would be random
         if lacking:
             raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
@@ -893,8 +872,7 @@ def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache:
 def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
     """Copy the policy's weights to the sampler."""
     for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
-        if copied is not current:
-            copied.copy_(full_tensor(current))
+        copied.copy_(full_tensor(current))  # does nothing where the policy itself samples
 
 
 # ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the prompts -----
@@ -967,16 +945,14 @@ def full_tensor(x: Tensor) -> Tensor:
 
 def shard(model: nn.Module | None, gradient_checkpointing: bool = False) -> None:
     """Wrap the layers of a model for gradient checkpointing, and shard its weights over the processes (FSDP2)."""
-    if not model or not (gradient_checkpointing or dist.is_initialized()):
-        return
     from torch.distributed.fsdp import fully_shard
     from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)] if model else []
     for layer in layers if gradient_checkpointing else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    if dist.is_initialized():
+    if model and dist.is_initialized():
         mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world()[1],))  # by default it is the GPUs
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh)
@@ -997,8 +973,7 @@ def say(text: str) -> None:
 def seed_step(seed: int, step: int) -> torch.Generator:
     """Every random number of a step follows from (seed, step), so a checkpoint holds no random state."""
     random.seed(f"{seed} {step}")
-    torch.manual_seed(seed * 1_000_003 + step)
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.manual_seed(seed * 1_000_003 + step)
 
 
 class Run:
@@ -1012,14 +987,13 @@ class Run:
 
         self.args, self.tokenizer, self.betas, self.script = args, tokenizer, betas, Path(__file__).stem
         self.models = {name: pair for name, pair in models.items() if pair[0]}  # name: (model, its optimizer or None)
-        self.policy, self.step, self.times, self.writer = models["policy"][0], 0, {}, None
+        self.policy, self.step, self.writer = models["policy"][0], 0, None
         self.device = self.policy.device
         flags = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in self.FREE}
         problems = hashlib.sha256(json.dumps(problems, default=str).encode()).hexdigest()
         self.fixed = {"script": self.script, **flags, "hash of the problems": problems}
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        name = f"{self.script}-{Path(args.model).name}-seed{args.seed}-{now}"
-        self.folder = Path("runs", args.run_name or name)
+        self.folder = Path("runs", args.run_name or f"{self.script}-{Path(args.model).name}-seed{args.seed}-{now}")
         path = self.folder / "checkpoint.pt" if args.resume == "auto" else Path(args.resume or "")
         if args.resume is not None and (os.path.exists(path) or args.resume != "auto"):
             self.load(path)
@@ -1032,6 +1006,9 @@ class Run:
         size = sum(parameter.numel() for parameter in self.policy.parameters()) / 1e6
         say(f"{self.script}: {size:.1f} M parameters in {args.dtype} on {self.device.type}, step {self.step} of "
             f"{args.num_steps}, in {self.folder}")
+        # The steps to train, and at the end --num-steps itself, for the last evaluation and save.
+        self.steps = tqdm(range(self.step, args.num_steps + 1), self.script, args.num_steps, initial=self.step,
+                          unit="step", disable=True if world()[0] else None)
 
     def lock(self) -> None:
         """Keep other processes out of the folder until this run ends, even by a kill."""
@@ -1046,34 +1023,20 @@ class Run:
         except (ImportError, OSError):  # Windows and some network disks have no such locks
             pass
 
-    def steps(self) -> Iterator[int]:
-        """The steps to train, and at the end --num-steps itself, for the last evaluation and save."""
-        show = dict(desc=self.script, unit="step", disable=True if world()[0] else None)
-        with tqdm(initial=self.step, total=self.args.num_steps, **show) as self.bar:
-            while self.step <= self.args.num_steps:
-                yield self.step
-                self.step += 1
-                self.bar.update()
-
-    def clock(self, name: str = "") -> None:
-        """Record the seconds since the last call under `name`."""
+    def clock(self) -> float:
+        """The time in seconds, once the device has done its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        now = time.perf_counter()
-        if name:
-            self.times[name] = now - self.started
-        self.started = now
+        return time.perf_counter()
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Add a point to every curve. Point s is measured after s steps of training."""
         metrics = {name: float(value) for name, value in metrics.items()}
-        if self.times:  # else it is an evaluation
+        if "time/sample" in metrics:  # else it is an evaluation
             tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
-            metrics |= self.times | {"time/tokens_per_second": tokens / sum(self.times.values())}
-            self.times = {}
-            with contextlib.suppress(OSError):
-                self.bar.set_postfix_str("reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f},"
-                                         " {time/tokens_per_second:.0f} tokens/s".format_map(metrics))
+            metrics["time/tokens_per_second"] = tokens / (metrics["time/sample"] + metrics["time/update"])
+            self.steps.set_postfix_str("reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
+                                       "{time/tokens_per_second:.0f} tokens/s".format_map(metrics))
         if metrics.get("policy/skipped") or metrics.get("value/skipped"):
             say(f"step {self.step}: the gradient was not finite, so its update was skipped")
         try:

@@ -103,7 +103,7 @@ class Args:
     group_size: int = 1
     """G: completions per prompt"""
     max_new_tokens: int = 32
-    """T: the longest completion, in tokens; real models need more, such as 512"""
+    """T: maximum completion length in tokens; real models need more, such as 512"""
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-probability"""
     # The update
@@ -156,7 +156,7 @@ class Args:
     """"sequence": 1/|o_i| sum_t (DeepSeekMath Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
     # The machine
     share_prompt: bool = True
-    """compute a prompt once for the completions of a micro-batch, as in sampling; off if the model cannot do that"""
+    """run a prompt once for all its completions in a micro-batch, as in sampling; off if the model cannot do that"""
     micro_batch_tokens: int = 8192
     """maximum tokens, with padding, in a micro-batch of the update; changes gradients only by rounding"""
     gradient_checkpointing: bool = False
@@ -179,7 +179,7 @@ class Args:
 
 
 # ============================ CHANGE THIS: the task =============================
-# A task is a file of problems, a function that reads one line of it, and a reward. The algorithm needs nothing else.
+# A task is a file of problems, a function that reads one line of it, and a reward. Nothing else depends on the task.
 # Here the final number, after the marker "#", must be the right one. GSM8K's own files are in this format.
 
 INSTRUCTION = "\nThink step by step, then end with the final number after ####."
@@ -187,7 +187,7 @@ INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 
 def read_problem(record: dict) -> tuple[str | list[dict[str, str]], str]:
     """Read a line of --data: a prompt (text, or chat messages with "role" and "content") and an answer for `reward`.
-    A "prompt" is used unchanged; to a "question" the instruction is added."""
+    A "prompt" is used as it is; INSTRUCTION is appended to a "question"."""
     prompt = record["prompt"] if "prompt" in record else record["question"] + INSTRUCTION
     if not isinstance(record["answer"], str) or final_number("#" + record["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
@@ -205,7 +205,7 @@ def final_number(text: str) -> Decimal | None:
 
 def reward(completion: str, answer: str) -> float:
     """r_i: 1 if the completion's final number is the answer's, else 0. The text is parsed, never evaluated.
-    It has no special tokens; to keep them, set skip_special_tokens=False in `decode`."""
+    Special tokens are stripped; to keep them, set skip_special_tokens=False in `decode`."""
     number = final_number(completion)
     return float(number is not None and number == final_number("#" + answer))
 
@@ -220,7 +220,7 @@ class Batch(NamedTuple):
     prompt_mask: Tensor         # (B, P), bool, true on the tokens
     completion_ids: Tensor      # (N, T), right-padded
     completion_mask: Tensor     # (N, T), bool, true through the EOS token
-    sampler_logprobs: Tensor    # (N, T), from the sampler, perhaps in bfloat16; only for the curve policy/sampler_gap
+    sampler_logprobs: Tensor    # (N, T), from the sampler, perhaps in bfloat16; used only for policy/sampler_gap
     old_logprobs: Tensor | None = None  # (N, T), and so are all below
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
@@ -229,8 +229,8 @@ class Batch(NamedTuple):
     returns: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Batch":
-        """The completions of this index, (N',), and their prompts, cut to the longest completion and the longest prompt
-        among them. The index must hold whole groups, or a part of one group."""
+        """The completions at these indices, (N',), with their prompts, each cut to the longest of them. They must
+        be whole groups, or a part of one group."""
         group_size = len(self.completion_ids) // len(self.prompt_ids)
         prompts = index[::group_size] // group_size                                         # (B',)
         longest = torch.stack([self.prompt_mask[prompts].sum(1).max(), self.completion_mask[index].sum(1).max()])
@@ -246,23 +246,19 @@ class Batch(NamedTuple):
 
 # ----- 1. Generate completions: o_1 .. o_G ~ pi_old(. | q) -----
 
-STOP_TEST_EVERY = 4  # tokens; each test waits for the device, and dropping finished rows copies the others
+STOP_TEST_EVERY = 4  # tokens between tests for finished rows; a test waits for the device, and dropping rows copies
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token for each row from softmax(logits / temperature), over the whole vocabulary, without top-k or top-p.
-
-    Args: logits (N, V); uniforms (N,), random numbers in [0, 1); temperature 0 takes the most probable token.
-    Returns: tokens and their log-probabilities in nats, both (N,).
-    """
+    """One token for each row of logits, (N, V), from softmax(logits / temperature), without top-k or top-p; the most
+    probable at temperature 0. uniforms: (N,), in [0, 1). Returns tokens and log-probabilities in nats, both (N,)."""
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (N, V)
     if temperature == 0:
         tokens = logp.argmax(-1)                                                            # (N,)
     else:
         # The first token whose cumulative probability exceeds the random number.
         cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (N, V)
-        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
-        tokens = tokens.clamp(max=cdf.shape[1] - 1)
+        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -272,20 +268,17 @@ def generate_completions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample G completions per prompt, token by token, each until an EOS token or T tokens.
 
-    Args:
-        prompt_ids, prompt_mask: (B, P), left-padded; the mask is true on the tokens.
-        uniforms: (N, T), N = B G, one random number per token, drawn in advance, so that a completion does not depend
-            on the other rows or on the process that samples it. eos_ids: (E,).
-
+    Args: prompt_ids, prompt_mask (B, P), as in `Batch`; eos_ids (E,); uniforms (N, T), N = B G, one random number per
+        token, drawn in advance, so that a completion depends neither on the other rows nor on the process.
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is now the length of the longest completion.
     """
     (num_prompts, prompt_width), (num_completions, max_new_tokens) = prompt_ids.shape, uniforms.shape
     device = prompt_ids.device
     # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
     uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)  # (N, T)
-    # A cache of fixed size, if the model can use one: then only the tests below wait for the device, not every token.
+    # A cache of fixed size, if the model can use one: only the tests below then wait for the device, not every token.
     cache = StaticCache(policy.config, prompt_width + max_new_tokens) if policy._can_compile_fullgraph else None
-    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                 # left padding must not shift positions
+    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                 # positions must ignore left padding
     output = policy(prompt_ids, attention_mask=prompt_mask.long(), position_ids=position_ids, past_key_values=cache,
                     use_cache=True, logits_to_keep=1)
     # The prompt ran once. Its keys and values are repeated for the G completions that follow it.
@@ -294,11 +287,10 @@ def generate_completions(
     logits, lengths, cache = output.logits[prompts, -1], prompt_mask.sum(1)[prompts], output.past_key_values  # (N, V)
     visible = nn.functional.pad(prompt_mask[prompts].long(), (0, max_new_tokens), value=1)  # (N, P + T)
 
-    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)                      # (N, T)
-    logprobs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)              # (N, T)
+    ids, logprobs = prompt_ids.new_zeros(uniforms.shape), torch.zeros_like(uniforms, dtype=torch.float32)  # (N, T)
     rows = torch.arange(num_completions, device=device)                                     # those still in the batch
     running = torch.ones_like(rows, dtype=torch.bool)                                       # no EOS token yet
-    # Python takes longer to start the kernels of a step than a GPU to run them. So a step is recorded, then replayed.
+    # On a GPU, starting the kernels of a step from Python takes longer than running them: record it once and replay it.
     graph_step, use_graph = None, device.type == "cuda" and all(type(layer) is StaticLayer for layer in cache.layers)
     for t in range(max_new_tokens):
         tokens, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
@@ -337,12 +329,12 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
         mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                     # (N, P + T)
         ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
         ids = pad_sequence(ids, batch_first=True)                                           # (N, L)
-        # Each token is predicted one place before its own, the first at the end of the prompt.
+        # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
         before = (lengths - 1 + t).clamp(max=ids.shape[1] - 1)                              # (N, T)
         return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits          # (N, T, V)
     # The prompt runs once, as in `generate_completions`. Its gradient is the sum over its completions.
     position_ids = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                           # (B, P)
-    # Its last state predicts once per completion, because the product of a single row is not always rounded alike.
+    # Its last state is projected once per completion, because a product of one row may be rounded differently.
     last = torch.full((group_size,), position_ids.shape[1] - 1, device=t.device)
     output = model(input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=position_ids,
                    use_cache=True, logits_to_keep=last)
@@ -356,18 +348,14 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def completion_logprobs(policy: nn.Module, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding.
-
-    Args: temperature: the one that sampled.
-    """
+    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding."""
     logits = predict_completions(policy, batch)                                             # (N, T, V)
     assert logits.shape[:2] == batch.completion_ids.shape, "the model ignores logits_to_keep"
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # at -6 nats, bfloat16 moves in steps of 0.03
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # near -6, bfloat16 values are 0.03 apart
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # (N, T, V)
     logprobs = logp.gather(2, batch.completion_ids[..., None])[..., 0]                      # (N, T)
-    # p log p is 0 at p = 0, and so is its gradient; the clamp keeps it so where a model masks a token with -inf.
-    # In pieces that stay in the cache of a CPU.
-    pieces = logp.flatten(0, 1).split(max(1, 2**20 // logp.shape[2]))                       # of (N T, V)
+    # p log p is 0 at p = 0, and so is its gradient; the clamp avoids 0 * -inf where a model masks a token with -inf.
+    pieces = logp.flatten(0, 1).split(max(1, 2**20 // logp.shape[2]))    # of (N T, V), that fit in the cache of a CPU
     entropy = -torch.cat([(x.exp() * x.clamp(min=torch.finfo(x.dtype).min)).sum(-1) for x in pieces])  # (N T,)
     return tuple(x.view_as(logprobs).where(batch.completion_mask, 0.0) for x in (logprobs, entropy))
 
@@ -430,7 +418,7 @@ def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int
 
         "sequence"  1/N 1/|o_i|               every completion counts the same (DeepSeekMath Eqs. 1 and 3)
         "token"     1 / sum_i |o_i|           every token counts the same, so long completions count more (DAPO Eq. 8)
-        "constant"  1 / (N max_new_tokens)    a constant instead of |o_i|: no bias by length (Dr. GRPO)
+        "constant"  1 / (N max_new_tokens)    a constant instead of |o_i|: no length bias (Dr. GRPO)
     """
     # Differs: DAPO averages over the tokens of a group, then over groups. Here, as is usual, over all tokens at once.
     mask = completion_mask.float()                                                          # (..., T)
@@ -458,15 +446,15 @@ def policy_loss(
     Returns: the loss, a scalar, and the metrics ratio, clip_frac and approx_kl, each (..., T) without gradient.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == completion_mask.shape == weights.shape
-    # The padding is masked before exp: an overflow there would turn its zero gradient into NaN.
+    # The padding is masked before exp: an overflow there would make its gradient NaN instead of 0.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (..., T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (..., T)
     # PPO Eq. 6: r_t = pi_theta / pi_old reweighs samples of the old policy to be those of the new one.
     ratio = log_ratio.exp()                                                                 # (..., T)
     approx_kl = torch.expm1(log_ratio) - log_ratio   # (..., T), k3 of KL[pi_old, pi_theta]: pi_old sampled the tokens
 
-    # PPO Eq. 7, a pessimistic bound: the gradient is 0 where the ratio is past the clip range on the side to which the
-    # advantage pushes it, and only there.
+    # PPO Eq. 7, a pessimistic bound: the gradient is 0 only where the ratio has left the clip range in the direction in
+    # which the advantage pushes it.
     unclipped = ratio * advantages                                                          # (..., T)
     clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high)) * advantages
     objective = torch.minimum(unclipped, clipped)                                           # (..., T)
@@ -504,7 +492,7 @@ def value_loss(
 
 
 def train(args: Args, stop: threading.Event | None = None) -> Path:
-    """Train a policy as `args` say. Returns its folder, in Hugging Face format. Setting `stop` ends the run early."""
+    """Train a policy. Returns its folder, in Hugging Face format. Setting `stop` ends the run early."""
     args, stop = check_args(args), stop or threading.Event()
     if args.adaptive_kl_target and not args.beta:
         raise UserError("--adaptive-kl-target needs a --beta to start from")
@@ -528,7 +516,8 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
               "value_model": (value_model, value_optimizer)}
     betas = {"kl": args.beta, "penalty": 1.0}                                               # PPO 4: any start will do
     run = Run(args, tokenizer, (problems, held_out), models, betas)
-    for step in run.steps():
+    for step in run.steps:
+        run.step = step
         refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta
         last = step == args.num_steps or all_sum(torch.tensor(stop.is_set(), device=device, dtype=torch.long)) > 0
         if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
@@ -537,26 +526,26 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
             run.save(last)
         if last:
             break
-        run.clock()
+        started = run.clock()
 
         # ---- 1. Generate completions: the policy as it is now is pi_old ----
         chosen = next_problems(problems, step, args.num_prompts, args.seed)                 # B pairs (ids, answer)
         prompts = pad_prompts([ids for ids, _ in chosen], device)                           # (B, P), ids and mask
         shape = args.num_prompts * args.group_size, args.max_new_tokens
         uniforms = torch.rand(shape, dtype=torch.float64, generator=seed_step(args.seed, step))  # (N, T)
-        # Each process samples its share of the prompts. From `all_gather` on, all of them have the whole batch.
+        # Each process samples its share of the prompts. After `all_gather`, all of them have the whole batch.
         sampled = generate_completions(sampler, *(share(x) for x in (*prompts, uniforms)), args.temperature, eos_ids)
         answers = [answer for _, answer in share(chosen) for _ in range(args.group_size)]
         rewards = compute_rewards(decode(tokenizer, *sampled[:2]), answers, run)            # r_phi
         (rewards,), batch = all_gather(rewards), Batch(*prompts, *all_gather(*sampled))     # (N,); (N, T)
         lengths = batch.completion_mask.sum(-1)                                             # (N,), |o|
         ended = (torch.isin(batch.completion_ids, eos_ids) & batch.completion_mask).any(-1)  # (N,)
-        run.clock("time/sample")
+        sampled_at = run.clock()
 
         # ---- The same tokens under pi_old, pi_ref and the old value model, without gradient ----
         mask, has_signal = batch.completion_mask, torch.ones(args.num_prompts, dtype=torch.bool)  # (N, T); (B,)
         batch = batch if args.share_prompt else batch.unshared()
-        # One update per minibatch; the gradients of its micro-batches add up.
+        # One update per minibatch; the gradients of its micro-batches are accumulated.
         minibatches = split_batch(batch, has_signal, policy.config.get_text_config().vocab_size, args)
         with torch.no_grad(), autocast:
             # Differs: by the forward pass of the update, not by the sampler, on minibatches that stay the same
@@ -627,9 +616,9 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
             betas["penalty"] = penalty_beta(betas["penalty"], moved, args.penalty_kl_target)
         if args.adaptive_kl_target and not warming_up:
             betas["kl"] = adaptive_beta(used_beta, kl.sum(-1).mean().item(), args.adaptive_kl_target)
-        run.clock("time/update")
 
         run.log({
+            "time/sample": sampled_at - started, "time/update": run.clock() - sampled_at,
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(),
             "completion/length": lengths.float().mean(),
@@ -645,7 +634,6 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
 
 
 # ================================== PLUMBING ====================================
-# What follows is not part of the algorithm: arguments, problems, cutting the batch, models, processes, the run.
 
 
 class UserError(Exception):
@@ -691,14 +679,12 @@ def check_args(args: Args) -> Args:
 
 # ----- Problems: prompts, completions and rewards -----
 
-NO_CODE = {"trust_remote_code": False}  # never run code that comes with a model, and never ask
-
 
 def load_problems(args: Args) -> tuple[PreTrainedTokenizerBase, list[tuple], list[tuple]]:
     """The tokenizer, the training problems and the held-out problems, each problem as (prompt ids, answer)."""
     with as_user_error(f"--model {args.model} is neither a model folder nor a reachable hub id"):
-        tokenizer = AutoTokenizer.from_pretrained(args.model, **NO_CODE)
-        config = AutoConfig.from_pretrained(args.model, **NO_CODE).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)  # neither run its code, nor ask
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False).get_text_config()
         limits = config.vocab_size, (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
     problems = read_problems(args.data, tokenizer, *limits)
     if args.eval_data:
@@ -742,10 +728,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     if not (isinstance(chat, list) and chat and all(map(is_message, chat))):
         raise ValueError('a prompt must be a text or a list of {"role": text, "content": text}')
     continued = chat[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        chat, add_generation_prompt=not continued, continue_final_message=continued, return_dict=False,
-        sanitize_control_tokens=True,
-    )
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=not continued, continue_final_message=continued,
+                                         return_dict=False, sanitize_control_tokens=True)
 
 
 def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
@@ -866,11 +850,8 @@ def max_logits(device: torch.device) -> int:
 
 def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -> list[tuple[Tensor, ...]]:
     """Cut the batch into minibatches, one optimizer update each, and this process's groups of each into micro-batches:
-    whole groups, or equal parts of one. Returns indices of completions.
-
-    has_signal: (B,). Groups without it add nothing to the gradient and are left out, but all processes keep the same
-    number of groups and passes.
-    """
+    whole groups, or equal parts of one. Groups without a signal add nothing to the gradient and are left out, but all
+    processes keep the same number of groups and passes. Returns indices of completions."""
     (rank, processes), minibatches, device = world(), [], batch.prompt_ids.device
     prompts, lengths = batch.prompt_mask.sum(1).cpu(), batch.completion_mask.sum(1).cpu()   # (B,); (N,)
     groups = torch.arange(len(lengths)).view(len(prompts), -1)                              # (B, G), of completions
@@ -946,8 +927,8 @@ class Metrics:
 def load_policy(model: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[nn.Module, Tensor]:
     """The policy in float32 without dropout, and every id that ends a completion."""
     with as_user_error(f"--model {model} cannot be loaded"):
-        options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE)
-        policy, info = AutoModelForCausalLM.from_pretrained(model, **options)
+        options = dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+        policy, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
         lacking = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]  # would be random
         if lacking:
             raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
@@ -1001,8 +982,7 @@ def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache:
 def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
     """Copy the policy's weights to the sampler."""
     for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
-        if copied is not current:
-            copied.copy_(full_tensor(current))
+        copied.copy_(full_tensor(current))  # does nothing where the policy itself samples
 
 
 # ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the prompts -----
@@ -1075,16 +1055,14 @@ def full_tensor(x: Tensor) -> Tensor:
 
 def shard(model: nn.Module | None, gradient_checkpointing: bool = False) -> None:
     """Wrap the layers of a model for gradient checkpointing, and shard its weights over the processes (FSDP2)."""
-    if not model or not (gradient_checkpointing or dist.is_initialized()):
-        return
     from torch.distributed.fsdp import fully_shard
     from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)] if model else []
     for layer in layers if gradient_checkpointing else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    if dist.is_initialized():
+    if model and dist.is_initialized():
         mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world()[1],))  # by default it is the GPUs
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh)
@@ -1105,8 +1083,7 @@ def say(text: str) -> None:
 def seed_step(seed: int, step: int) -> torch.Generator:
     """Every random number of a step follows from (seed, step), so a checkpoint holds no random state."""
     random.seed(f"{seed} {step}")
-    torch.manual_seed(seed * 1_000_003 + step)
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.manual_seed(seed * 1_000_003 + step)
 
 
 class Run:
@@ -1120,14 +1097,13 @@ class Run:
 
         self.args, self.tokenizer, self.betas, self.script = args, tokenizer, betas, Path(__file__).stem
         self.models = {name: pair for name, pair in models.items() if pair[0]}  # name: (model, its optimizer or None)
-        self.policy, self.step, self.times, self.writer = models["policy"][0], 0, {}, None
+        self.policy, self.step, self.writer = models["policy"][0], 0, None
         self.device = self.policy.device
         flags = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in self.FREE}
         problems = hashlib.sha256(json.dumps(problems, default=str).encode()).hexdigest()
         self.fixed = {"script": self.script, **flags, "hash of the problems": problems}
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        name = f"{self.script}-{Path(args.model).name}-seed{args.seed}-{now}"
-        self.folder = Path("runs", args.run_name or name)
+        self.folder = Path("runs", args.run_name or f"{self.script}-{Path(args.model).name}-seed{args.seed}-{now}")
         path = self.folder / "checkpoint.pt" if args.resume == "auto" else Path(args.resume or "")
         if args.resume is not None and (os.path.exists(path) or args.resume != "auto"):
             self.load(path)
@@ -1140,6 +1116,9 @@ class Run:
         size = sum(parameter.numel() for parameter in self.policy.parameters()) / 1e6
         say(f"{self.script}: {size:.1f} M parameters in {args.dtype} on {self.device.type}, step {self.step} of "
             f"{args.num_steps}, in {self.folder}")
+        # The steps to train, and at the end --num-steps itself, for the last evaluation and save.
+        self.steps = tqdm(range(self.step, args.num_steps + 1), self.script, args.num_steps, initial=self.step,
+                          unit="step", disable=True if world()[0] else None)
 
     def lock(self) -> None:
         """Keep other processes out of the folder until this run ends, even by a kill."""
@@ -1154,34 +1133,20 @@ class Run:
         except (ImportError, OSError):  # Windows and some network disks have no such locks
             pass
 
-    def steps(self) -> Iterator[int]:
-        """The steps to train, and at the end --num-steps itself, for the last evaluation and save."""
-        show = dict(desc=self.script, unit="step", disable=True if world()[0] else None)
-        with tqdm(initial=self.step, total=self.args.num_steps, **show) as self.bar:
-            while self.step <= self.args.num_steps:
-                yield self.step
-                self.step += 1
-                self.bar.update()
-
-    def clock(self, name: str = "") -> None:
-        """Record the seconds since the last call under `name`."""
+    def clock(self) -> float:
+        """The time in seconds, once the device has done its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        now = time.perf_counter()
-        if name:
-            self.times[name] = now - self.started
-        self.started = now
+        return time.perf_counter()
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Add a point to every curve. Point s is measured after s steps of training."""
         metrics = {name: float(value) for name, value in metrics.items()}
-        if self.times:  # else it is an evaluation
+        if "time/sample" in metrics:  # else it is an evaluation
             tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
-            metrics |= self.times | {"time/tokens_per_second": tokens / sum(self.times.values())}
-            self.times = {}
-            with contextlib.suppress(OSError):
-                self.bar.set_postfix_str("reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f},"
-                                         " {time/tokens_per_second:.0f} tokens/s".format_map(metrics))
+            metrics["time/tokens_per_second"] = tokens / (metrics["time/sample"] + metrics["time/update"])
+            self.steps.set_postfix_str("reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
+                                       "{time/tokens_per_second:.0f} tokens/s".format_map(metrics))
         if metrics.get("policy/skipped") or metrics.get("value/skipped"):
             say(f"step {self.step}: the gradient was not finite, so its update was skipped")
         try:

@@ -191,7 +191,7 @@ def test_a_run_is_not_written_over(script, capsys):
     assert CHECKPOINT.read_bytes() == before
 
 
-@pytest.mark.parametrize("script", [grpo, pytest.param(ppo, marks=slow)], ids=["grpo", "ppo"], indirect=True)
+@slow
 def test_two_processes_do_not_resume_one_run_at_the_same_time(script, capsys):
     run(script, capsys, num_steps=1)
     slow = "script.reward = lambda completion, answer: time.sleep(0.1) or len(set(completion)) / 10"

@@ -553,6 +553,7 @@ def test_pitfall_20_curves_are_means_over_all_tokens_of_all_minibatches(script, 
     )
 
 
+@slow
 def test_pitfall_21_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(script, run):
     whole, numbers = run(num_steps=4)[0], itertools.count()
 

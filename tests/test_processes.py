@@ -28,8 +28,10 @@ CASES = {  # name: (script, folder of the model, arguments)
     "no_kl": ("ppo", "model", SEVERAL | dict(beta=0.0)),
     "minibatches": ("both", "model", dict(num_minibatches=2, num_prompts=12, kl_placement="reward", beta=1.0)),
 }
+SCRIPTS = [grpo, ppo]
 if not CI:
-    CASES = {name: CASES[name] for name in ("several", "minibatches")}
+    CASES, SCRIPTS = {name: CASES[name] for name in ("several", "minibatches")}, [grpo]
+NAMES = [script.__name__ for script in SCRIPTS]
 COMMON = SMALL | dict(num_prompts=6, group_size=4, micro_batch_tokens=40, update_epochs=2, num_minibatches=1)
 COMMON |= dict(eval_data="held_out.jsonl")
 TRAIN = COMMON | dict(eval_every=2)
@@ -54,7 +56,7 @@ def work(number: int) -> None:
     """
     torch.set_num_threads(1)
     _fully_shard._init_default_mesh = None  # with a GPU it would be that of CUDA, whatever --device says
-    for module in (grpo, ppo):
+    for module in SCRIPTS:
         module.reward, update = some_pay, module.optimizer_step
         for name, (only, model, choices) in CASES.items():
             if only in (module.__name__, "both"):
@@ -106,7 +108,7 @@ def found(tmp_path_factory) -> Path:
         make_folder(folder)
         held_out = (folder / "data.jsonl").read_text().splitlines(keepends=True)[:25]  # one more than in a batch
         (folder / "held_out.jsonl").write_text("".join(held_out))
-        for module in (grpo, ppo):
+        for module in SCRIPTS:
             for name in ("reward", "optimizer_step"):
                 patch.setattr(module, name, getattr(module, name))  # `work` changes them
         work(1)
@@ -114,7 +116,7 @@ def found(tmp_path_factory) -> Path:
             run = command("grpo", WORK, processes=processes)
             finish(start(run[: 1 + next(i for i, part in enumerate(run) if part.startswith("driver"))]))
         time.sleep(1)  # TensorBoard orders the files of a run by the second in their names
-        for module in (grpo, ppo):
+        for module in SCRIPTS:
             args = TRAIN | OWN[module]
             module.train(module.Args(**args, run_name=f"{module.__name__}_half_2", resume="auto"))
     return folder
@@ -125,8 +127,8 @@ def there(found, monkeypatch):
     monkeypatch.chdir(found)
 
 
-both = pytest.mark.parametrize("name", ["grpo", "ppo"])
-all_cases = [(name, case) for case, (only, *_) in CASES.items() for name in ("grpo", "ppo") if only in (name, "both")]
+both = pytest.mark.parametrize("name", NAMES)
+all_cases = [(name, case) for case, (only, *_) in CASES.items() for name in NAMES if only in (name, "both")]
 
 
 @pytest.mark.parametrize(("name", "case"), all_cases)
@@ -221,9 +223,9 @@ FAILS = {
     "killed": UPDATE.format(RANK=RANK, fail="os.kill(os.getpid(), signal.SIGKILL)"),
 }
 FAILURES = [(name, fails) for name in ("grpo", "ppo") for fails in FAILS]
-FAILURES[1:] = [pytest.param(*failure, marks=slow) for failure in FAILURES[1:]]
 
 
+@slow
 @pytest.mark.parametrize(("name", "fails"), FAILURES)
 def test_when_one_process_fails_all_end(folder, name, fails):
     began = time.monotonic()

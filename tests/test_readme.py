@@ -3,6 +3,7 @@
 every symbol, and every command with its flags."""
 
 import ast
+import functools
 import re
 import shlex
 import sys
@@ -18,14 +19,17 @@ from running import curves, finish, slow, start
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FILES = {name: (ROOT / name).read_text() for name in ("grpo.py", "ppo.py", "advantage.py", "kl.py")}
+TREES = {name: ast.parse(text) for name, text in FILES.items()}
 MAP = README.partition("## From paper to line")[2].partition("\n## ")[0]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in MAP.splitlines() if line.startswith("| ")][1:]
 
 
+@functools.cache
 def definitions(text: str) -> set[str]:
     return {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
+@functools.cache
 def names_in(text: str) -> set[str]:
     """Functions, arguments and fields: every name that the code itself uses."""
     nodes = list(ast.walk(ast.parse(text)))
@@ -76,13 +80,12 @@ TAGS = [(tag, where) for text, where in PLACES for tag in equations(text)]
 def test_every_equation_of_the_map_is_named_where_it_is_computed(tag, where):
     """In the source of one of the functions of its row or paragraph, or in a comment of `train`."""
     functions = set(re.findall(r"(?<!\()`(\w+)`", where)) | {"train"}
-    sources = []
-    for text in FILES.values():
-        for node in ast.parse(text).body:
+    sources = [ast.get_docstring(TREES[name]) for name in FILES]
+    for name, text in FILES.items():
+        for node in TREES[name].body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in functions:
                 first = max(0, node.lineno - 6)  # with the comment above it
                 sources.append("\n".join(text.splitlines()[first : node.end_lineno]))
-        sources.append(ast.get_docstring(ast.parse(text)))
     number = tag.removeprefix("Eq. ")
     pattern = rf"Eqs?\. (?:\d+(?:,| and| to) )*{number}\b" if tag.startswith("Eq") else rf"\b{re.escape(tag)}\b"
     assert any(re.search(pattern, source) for source in sources)
@@ -159,6 +162,7 @@ def test_the_worked_example_trains_in_place_of_the_block_that_it_replaces(script
     assert last > 0.75
 
 
+@slow
 def test_the_trained_model_is_loaded_and_prompted_as_it_is_shown(tmp_path, monkeypatch):
     """The tiny model, as if it had been trained: `policy/` is a folder of the same kind."""
     (tmp_path / "runs/RUN_NAME").mkdir(parents=True)
