@@ -84,7 +84,7 @@ def saves() -> int:
 
 
 @pytest.mark.parametrize("script", [grpo, pytest.param(ppo, marks=slow)], ids=["grpo", "ppo"], indirect=True)
-@pytest.mark.parametrize("kills", [24 if CI else 3])
+@pytest.mark.parametrize("kills", [24 if CI else 1])
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, capsys, kills):
     seed = random.randrange(1000)
     moments, pid, inside = random.Random(seed), "", 0
@@ -232,7 +232,8 @@ def test_what_only_the_machine_needs_may_change_on_the_way(script, capsys):
 SLOW_STEPS = "script.reward = lambda completion, answer: time.sleep(60)"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=slow)])
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_leaves_at_once(folder, number):
     with start(command("grpo", SLOW_STEPS, run_name="a")) as process:
         wait_until(lambda: [*Path("runs").glob("a/events*")])

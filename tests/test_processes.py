@@ -14,7 +14,9 @@ from torch.distributed.fsdp._fully_shard import _fully_shard
 
 import grpo
 import ppo
-from running import CI, SMALL, command, curves, finish, make_folder, saved, slow, start, weights
+from running import SMALL, command, curves, finish, make_folder, saved, slow, start, weights
+
+pytestmark = slow
 
 SEVERAL = dict(micro_batch_tokens=30)  # less than a group takes
 CASES = {  # name: (script, folder of the model, arguments)
@@ -28,10 +30,6 @@ CASES = {  # name: (script, folder of the model, arguments)
     "no_kl": ("ppo", "model", SEVERAL | dict(beta=0.0)),
     "minibatches": ("both", "model", dict(num_minibatches=2, num_prompts=12, kl_placement="reward", beta=1.0)),
 }
-SCRIPTS = [grpo, ppo]
-if not CI:
-    CASES, SCRIPTS = {name: CASES[name] for name in ("several", "minibatches")}, [grpo]
-NAMES = [script.__name__ for script in SCRIPTS]
 COMMON = SMALL | dict(num_prompts=6, group_size=4, micro_batch_tokens=40, update_epochs=2, num_minibatches=1)
 COMMON |= dict(eval_data="held_out.jsonl")
 TRAIN = COMMON | dict(eval_every=2)
@@ -56,7 +54,7 @@ def work(number: int) -> None:
     """
     torch.set_num_threads(1)
     _fully_shard._init_default_mesh = None  # with a GPU it would be that of CUDA, whatever --device says
-    for module in SCRIPTS:
+    for module in (grpo, ppo):
         module.reward, update = some_pay, module.optimizer_step
         for name, (only, model, choices) in CASES.items():
             if only in (module.__name__, "both"):
@@ -108,15 +106,15 @@ def found(tmp_path_factory) -> Path:
         make_folder(folder)
         held_out = (folder / "data.jsonl").read_text().splitlines(keepends=True)[:25]  # one more than in a batch
         (folder / "held_out.jsonl").write_text("".join(held_out))
-        for module in SCRIPTS:
+        for module in (grpo, ppo):
             for name in ("reward", "optimizer_step"):
                 patch.setattr(module, name, getattr(module, name))  # `work` changes them
         work(1)
-        for processes in (2, 3) if CI else (2,):
+        for processes in (2, 3):
             run = command("grpo", WORK, processes=processes)
             finish(start(run[: 1 + next(i for i, part in enumerate(run) if part.startswith("driver"))]))
         time.sleep(1)  # TensorBoard orders the files of a run by the second in their names
-        for module in SCRIPTS:
+        for module in (grpo, ppo):
             args = TRAIN | OWN[module]
             module.train(module.Args(**args, run_name=f"{module.__name__}_half_2", resume="auto"))
     return folder
@@ -127,12 +125,12 @@ def there(found, monkeypatch):
     monkeypatch.chdir(found)
 
 
-both = pytest.mark.parametrize("name", NAMES)
-all_cases = [(name, case) for case, (only, *_) in CASES.items() for name in NAMES if only in (name, "both")]
+both = pytest.mark.parametrize("name", ["grpo", "ppo"])
+all_cases = [(name, case) for case, (only, *_) in CASES.items() for name in ("grpo", "ppo") if only in (name, "both")]
 
 
 @pytest.mark.parametrize(("name", "case"), all_cases)
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=slow)])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_the_gradient_is_that_of_one_process(there, name, case, processes):
     one, all_of_them = (torch.load(f"{name}_{case}_{number}.pt", weights_only=True) for number in (1, processes))
     assert one.keys() == all_of_them.keys()
@@ -157,7 +155,7 @@ def assert_trained_alike(first: str, second: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=slow)])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_training_goes_as_in_one_process(there, name, processes):
     assert_trained_alike(f"{name}_together_1", f"{name}_together_{processes}")
 
@@ -225,7 +223,6 @@ FAILS = {
 FAILURES = [(name, fails) for name in ("grpo", "ppo") for fails in FAILS]
 
 
-@slow
 @pytest.mark.parametrize(("name", "fails"), FAILURES)
 def test_when_one_process_fails_all_end(folder, name, fails):
     began = time.monotonic()
@@ -243,7 +240,7 @@ def test_when_one_process_fails_all_end(folder, name, fails):
 SLOW = "script.reward = lambda completion, answer: time.sleep(0.05) or len(set(completion)) / 10"
 
 
-@pytest.mark.parametrize("name", ["grpo", pytest.param("ppo", marks=slow)])
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_sigterm_to_torchrun_finishes_the_step_and_saves(folder, name):
     with start(command(name, SLOW, processes=2, run_name="a", num_steps=1000, save_every=1)) as process:
         while not Path("runs/a/policy/model.safetensors").exists():
@@ -256,7 +253,6 @@ def test_sigterm_to_torchrun_finishes_the_step_and_saves(folder, name):
     assert [step for step, _ in curves("a")["reward/mean"]] == [*range(saved("a")["step"])]
 
 
-@slow
 def test_two_hosts_train_together(folder):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -14,7 +14,9 @@ from torch import nn
 
 import grpo
 import ppo
-from running import CI, ROOT, SMALL, curves, finish, leaves, make_folder, saved, start, weights
+from running import ROOT, SMALL, curves, finish, leaves, make_folder, saved, slow, start, weights
+
+pytestmark = slow
 
 TRAIN = SMALL | dict(
     group_size=4, max_new_tokens=9, num_steps=3, eval_every=1, save_every=1, update_epochs=1, num_minibatches=2,
@@ -23,8 +25,7 @@ TRAIN = SMALL | dict(
 OWN = {grpo: dict(ref_refresh_every=2), ppo: dict(value_warmup_steps=1, adaptive_kl_target=0.01)}
 WORK = "import test_second_device\ntest_second_device.work()"
 BFLOAT16 = dict(dtype="bfloat16", gradient_checkpointing=True, eval_every=0)
-SCRIPTS = [grpo, ppo] if CI else [grpo]
-both = pytest.mark.parametrize("script", SCRIPTS)
+both = pytest.mark.parametrize("script", [grpo, ppo])
 
 
 def variety(completion: str, answer: str) -> float:
@@ -66,7 +67,7 @@ def work() -> None:
     second_device.use()
     device = torch.accelerator.current_accelerator(check_available=True)
     told = {"refused": [name for name, case in [*REFUSED.items(), *ALLOWED.items()] if refuses(case, device)]}
-    for script in SCRIPTS:
+    for script in (grpo, ppo):
         told[script.__name__] = observe(script)
         train(script, "bfloat16", device="auto", num_steps=2, **BFLOAT16)
     print("\n" + json.dumps(told | {"device": device.type, "name": second_device.NAME}))
@@ -124,7 +125,7 @@ def told(tmp_path_factory) -> Iterator[dict]:
         make_folder(folder)
         paths = [str(ROOT), str(ROOT / "tests")]
         with start([sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{WORK}"]) as process:
-            for script in SCRIPTS:
+            for script in (grpo, ppo):
                 patch.setattr(script, "reward", variety)
                 train(script, "here")
             yield json.loads(finish(process).splitlines()[-1])
