@@ -504,13 +504,14 @@ def test_a_file_may_have_a_name_that_is_no_utf_8(script, capsys):
     assert exit_code == 0, lines
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "flags", "says"),
     [
         ("grpo", "--model models/cut_weights --data good.jsonl", "grpo.py: --model models/cut_weights cannot"),
-        pytest.param("grpo", "--clip-eps nan", "grpo.py: --clip-eps must be positive, got nan", marks=slow),
-        pytest.param("ppo", "--kl-estimator k4", "--kl-estimator", marks=slow),
-        pytest.param("ppo", "--model models/good --data utf8.jsonl", "ppo.py: utf8.jsonl, line 5: ", marks=slow),
+        ("grpo", "--clip-eps nan", "grpo.py: --clip-eps must be positive, got nan"),
+        ("ppo", "--kl-estimator k4", "--kl-estimator"),
+        ("ppo", "--model models/good --data utf8.jsonl", "ppo.py: utf8.jsonl, line 5: "),
     ],
 )
 def test_a_real_process_ends_with_the_sentence_and_exit_code_2(name, flags, says):

@@ -205,6 +205,7 @@ def test_pitfall_04_a_top_k_in_the_generation_config_does_not_reach_the_sampling
     assert_caught(check, bug(script, "generate_completions", sampled, top_k))
 
 
+@slow
 def test_pitfall_05_the_gradient_does_not_depend_on_the_micro_batches(script, run):
     def check():
         whole, parts = (run(micro_batch_tokens=tokens)[1]["policy/grad_norm"][0][1] for tokens in (8192, 1))
@@ -529,6 +530,7 @@ def test_pitfall_19_what_the_model_writes_is_never_evaluated(script):
     assert script.reward("#99**99**99", "42") == 0.0
 
 
+@slow
 def test_pitfall_20_curves_are_means_over_all_tokens_of_all_minibatches(script, run, monkeypatch):
     score = script.completion_logprobs
 
