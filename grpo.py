@@ -860,6 +860,7 @@ def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache:
                         use_cache=True).logits[:, -1]
 
     def step(new_tokens: Tensor) -> Tensor:
+        """Put the tokens, (N',), where the recording reads them, and replay it at the next position."""
         tokens.copy_(new_tokens[:, None])
         graph.replay()
         position_ids.add_(1)
