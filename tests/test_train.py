@@ -2,6 +2,7 @@
 """Training end to end, in both scripts: the tiny model that comes with them, for a few steps."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import threading
@@ -69,6 +70,46 @@ def test_a_run_leaves_a_trained_model_a_checkpoint_and_every_curve(script):
     if script is ppo:  # both epochs see the same tokens
         whole, *epochs = (found[f"policy/approx_kl{epoch}"][-1][1] for epoch in ("", "_epoch_1", "_epoch_2"))
         assert 0 < whole == pytest.approx(sum(epochs) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("script", [grpo], indirect=True)
+def test_the_kl_in_the_reward_is_taken_off_before_the_advantage(script, monkeypatch):
+    """Of whole completions, and from the rewards as they are. `group_advantages` gets the difference."""
+    rewards, kls, groups = [], [], []
+    keep(monkeypatch, script, "compute_rewards", rewards, lambda _, result: result)
+    keep(monkeypatch, script, "kl_estimate", kls, lambda _, result: result.sum(-1))
+    keep(monkeypatch, script, "group_advantages", groups, lambda arguments, _: arguments[0])
+    monkeypatch.setattr(script, "reward", variety)
+    script.train(small(script, "a", kl_placement="reward", kl_estimator="k1", beta=0.5))
+    assert len(groups) == len(rewards) == 3
+    assert torch.equal(groups[0].flatten(), rewards[0])  # the policy is still the reference
+    assert (groups[-1].flatten() - rewards[-1]).abs().max() > 1e-3
+    of_the_batch = [kl for kl in kls if kl.shape == rewards[-1].shape]
+    assert any(torch.allclose(groups[-1].flatten(), rewards[-1] - 0.5 * kl) for kl in of_the_batch)
+
+
+@pytest.mark.parametrize("script", [grpo], indirect=True)
+@pytest.mark.parametrize("best", [0, 3])
+def test_without_a_kl_every_group_whose_rewards_differ_is_trained(script, best, monkeypatch):
+    """Whichever of its completions earns more."""
+    numbers, has_signal = itertools.count(), []
+    keep(monkeypatch, script, "split_batch", has_signal, lambda arguments, _: arguments[1])
+    pays = {best, 4 + best}  # one completion of the first two groups of four
+    monkeypatch.setattr(script, "reward", lambda *_: float(next(numbers) in pays))
+    script.train(small(script, "a", beta=0.0, num_steps=1))
+    assert has_signal[0].tolist() == [True, True, False, False]
+
+
+def keep(monkeypatch, script, name: str, kept: list, what) -> None:
+    """Keep something of the arguments and the result of every call of a function."""
+    function = getattr(script, name)
+
+    def kept_of(*arguments: object) -> object:
+        result = function(*arguments)
+        kept.append(what(arguments, result))
+        return result
+
+    monkeypatch.setattr(script, name, kept_of)
 
 
 def test_the_seconds_of_a_step_and_its_tokens_per_second_are_logged(script, monkeypatch):
