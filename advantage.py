@@ -12,7 +12,7 @@ Shapes: B prompts, G completions of each, T completion tokens. Advantages carry 
 import torch
 from torch import Tensor
 
-# Keeps a group of almost equal rewards from being blown up. TRL adds the same.
+# Keeps the advantages of almost equal rewards small. TRL adds the same.
 STD_EPS = 1e-4
 
 
@@ -47,7 +47,7 @@ def group_advantages(rewards: Tensor, scale: str = "group", baseline: str = "mea
 
     group_size = rewards.shape[1]
     centred = rewards - rewards.mean(dim=1, keepdim=True)                                   # (B, G)
-    # The mean of equal float32 rewards can miss them by a rounding error, and a tiny std would make that large.
+    # The mean of equal float32 rewards can miss them by a rounding error, which is no advantage.
     equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)          # (B, 1)
     advantages = centred.masked_fill(equal, 0.0)                                            # (B, G), in reward units
     if baseline == "leave_one_out":
@@ -72,8 +72,8 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor) -> Tensor:
 
     One step per output, at its last token, is outcome supervision: `group_advantages` on every token.
 
-    In grpo.py these lines would replace the two that compute `advantages` (with beta 0, also set `has_signal` to true).
-    Every finished column of a sum, which ends in ";", earns 0.1:
+    In grpo.py these lines would replace the two of step 2; in step 4 `advantages` has its shape already, so the line
+    with `expand_as` goes. Every finished column of a sum, which ends in ";", earns 0.1:
 
         mask = batch.completion_mask                                                        # (N, T)
         last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))

@@ -6,16 +6,20 @@
     adaptive_beta   Ziegler et al. (arXiv 1909.08593): a beta that steers the KL to a target
     penalty_beta    PPO (arXiv 1707.06347) section 4: a beta that doubles or halves
 
-A good estimator is not a good loss. For completions sampled from the policy itself, tokens summed, the mean gradient is
-    k1 in the reward    of KL[policy, reference]      of whole completions, where every token answers for all that
-                                                      follow (gamma = lambda = 1) and advantages are not scaled
-    k3 in the reward    of KL[policy, reference] - KL[reference, policy]: 0 to first order, it hardly pulls
-    k2 in the reward    0 to first order              it hardly pulls either
-    k1 in the loss      0                             it adds only noise
-    k2 in the loss      of KL[policy, reference]      token by token
-    k3 in the loss      of KL[reference, policy]      token by token; equal to first order near the reference
-    w * k1, w * k3      of KL[policy, reference]      token by token, in the loss, for completions of pi_old too;
-                                                      w = pi_theta / pi_old carries gradient (DeepSeek-V3.2)
+A good estimator is not a good loss. This is the gradient that each estimator has on average, for completions sampled
+from the policy itself, with KL = KL[policy, reference] and the reverse KL[reference, policy]:
+
+    estimator    where     mean gradient
+    k1           reward    of KL over whole completions, if gamma = lambda = 1 and advantages are not scaled
+    k2           reward    0 to first order: it hardly holds the policy
+    k3           reward    of KL - KL[reference, policy], which is 0 to first order as well
+    k1           loss      0: it adds only noise
+    k2           loss      of KL, token by token
+    k3           loss      of KL[reference, policy], token by token; near the reference the same to first order
+    w * k1       loss      of KL, token by token, for completions of pi_old, too; w = pi_theta / pi_old has a gradient
+    w * k3       loss      the same (DeepSeek-V3.2)
+
+In the reward, every token answers for the KL of all tokens that follow it. In the loss, it answers for its own.
 """
 
 import torch
@@ -33,7 +37,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
         estimator: "k1", "k2" or "k3".
 
     Returns:
-        The same shape; differentiable in both arguments. No clamp: a policy that is far off must feel it.
+        The same shape; differentiable in both arguments. Nothing is clamped: where it is clamped, a policy that
+        is far off would have no gradient.
 
     >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-2.0]), "k3")       # r = 1/e: 1/e - 1 + 1
     tensor([0.3679])

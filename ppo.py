@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""PPO on a language model: Proximal Policy Optimization as it is used for RLHF, complete in this file.
+"""PPO on a language model: Proximal Policy Optimization as it is used for RLHF, complete in this file, advantage.py and
+kl.py.
 
 Papers: PPO (arXiv 1707.06347), GAE (1506.02438), InstructGPT (2203.02155) and Ziegler et al. (1909.08593) for language
 models, DeepSeekMath (2402.03300) Eqs. 1 and 2 for the notation that grpo.py shares.
@@ -8,7 +9,7 @@ The policy pi_theta is a causal language model. A state s_t is a prompt and the 
 token, and an episode is a completion. Each step:
 
     1. Generate completions with the old policy                                    generate_completions
-    2. Estimate the KL from the reference policy and put it into the rewards       kl_estimate (kl.py), token_rewards
+    2. Estimate the KL from the reference policy and put it into the rewards       kl_estimate (kl.py), rewards_with_kl
     3. Compute the advantages with the value model                                 completion_values, gae (advantage.py)
     4. Update policy and value model on the clipped objectives, K epochs           policy_loss, value_loss
 
@@ -18,12 +19,13 @@ the advantages are computed, where GRPO has it in the loss: the tokens that led 
 Advantage and KL still pull against each other, but inside one sum of rewards.
 
     symbol       name in the code    shape        meaning
-    G, K         group_size, update_epochs        completions per prompt; passes over them per step
+    G            group_size          scalar       completions per prompt, usually 1
+    K            update_epochs       scalar       passes over the completions of one step
     q            prompt_ids          (B, P)       B prompts of at most P tokens, left-padded
     a_t, o_t     completion_ids      (N, T)       N = B G completions of at most T tokens, right-padded
     |o|          completion_mask     (N, T)       true up to and including the EOS token, which is trained too
     r_phi        rewards             (N,)         the reward of a completion
-    r_t          r_t                 (N, T)       -beta log(pi_old / pi_ref), and r_phi on the last token
+    r_t          token_rewards       (N, T)       -beta log(pi_old / pi_ref), and r_phi on the last token
     V(s_t)       values              (N, T)       what the value model expects from s_t on, in units of reward
     A_t          advantages          (N, T)       how much better a_t was than V(s_t) predicted
     V_t^targ     returns             (N, T)       A_t + V(s_t), before the advantages are whitened
@@ -33,17 +35,19 @@ Advantage and KL still pull against each other, but inside one sum of rewards.
     r_t(theta)   ratio               (N, T)       pi_theta / pi_old (the PPO paper calls ratio and reward r_t)
     1/(BG|o|)    weights             (N, T)       the weight of a token in the losses
 
-Differs from the papers, each marked "Differs" where it happens: the value model shares no parameter with the policy, so
+Differs from the papers, each marked "Differs" where it happens: InstructGPT's Eq. 2 has one KL per completion, here
+every token pays its own, and its pretraining term is left out; the value model shares no parameter with the policy, so
 Eq. 9 splits into two losses, each with its own AdamW, and needs no c_1; the value loss has the 1/2 and the clipping of
-Ziegler et al.'s code; the value model trains alone in the first steps; minibatches are the same in all epochs, and
-pi_old is computed by the trainer's own forward pass, so that the first ratio is exactly 1; constant learning rates and
-gradient clipping; advantages are whitened; a truncated completion counts as ended (advantage.py).
+Ziegler et al.'s code, whose whitening of the advantages is here, too; the value model trains alone in the first steps;
+Eq. 8's KL is k3 of the sampled tokens; constant learning rates, gradient clipping, and no update where the gradient is
+0 or not finite; a truncated completion counts as ended (advantage.py).
 
     python ppo.py                                      a tiny model learns two-digit addition, without any download
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data test.jsonl --max-new-tokens 512
 
-To use it for a task of your own, copy this file with advantage.py and kl.py and change the block marked CHANGE THIS.
-The code below the banner PLUMBING (files, processes, checkpoints) is not part of the algorithm.
+Up to the banner SPEED stands the algorithm, under SPEED what gives the same numbers in less time or memory, and under
+PLUMBING what has to do with files, processes and errors. For a task of your own, copy this file with advantage.py and
+kl.py and change the block marked CHANGE THIS.
 """
 
 import contextlib
@@ -65,7 +69,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -77,8 +80,9 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import logging as transformers_logging
@@ -86,7 +90,7 @@ from transformers.utils import logging as transformers_logging
 from advantage import gae, whiten
 from kl import adaptive_beta, kl_estimate, penalty_beta
 
-TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # a model that adds two-digit numbers, badly
+TINY = (Path(__file__).parent / "tests" / "tiny").resolve()  # a model that adds two-digit numbers, badly
 
 
 @dataclass
@@ -96,8 +100,8 @@ class Args:
     """the policy: a Hugging Face hub id or folder; by default a tiny model that comes with this script"""
     data: str = str(TINY / "train.jsonl")
     """training problems, JSON lines with "question" or "prompt" (text or chat messages) and "answer" """
-    eval_data: str = str(TINY / "test.jsonl")
-    """held-out problems in the same format; if only --data is set, a random tenth of it, at most 256"""
+    eval_data: str | None = None
+    """held-out problems in the same format; default: the tiny model's own, or a random tenth of --data, at most 256"""
     num_prompts: int = 256
     """B: prompts per step"""
     group_size: int = 1
@@ -179,35 +183,42 @@ class Args:
 
 
 # ============================ CHANGE THIS: the task =============================
-# A task is a file of problems, a function that reads one line of it, and a reward. Nothing else depends on the task.
-# Here the final number, after the marker "#", must be the right one. GSM8K's own files are in this format.
+# A task is three functions, and nothing outside this block knows it. Here a completion must end in the right number,
+# after the marker "#". The files of GSM8K are in this format.
 
 INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 
 
-def read_problem(record: dict) -> tuple[str | list[dict[str, str]], str]:
-    """Read a line of --data: a prompt (text, or chat messages with "role" and "content") and an answer for `reward`.
-    A "prompt" is used as it is; INSTRUCTION is appended to a "question"."""
-    prompt = record["prompt"] if "prompt" in record else record["question"] + INSTRUCTION
-    if not isinstance(record["answer"], str) or final_number("#" + record["answer"]) is None:
+def read_prompt(problem: dict) -> str | list[dict[str, str]]:
+    """The prompt of a problem, a line of --data: text, or chat messages with "role" and "content". A "prompt" is used
+    as it is; INSTRUCTION is appended to a "question". An error here refuses the line."""
+    if not isinstance(problem["answer"], str) or final_number("#" + problem["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
-    return prompt, record["answer"]
+    return problem["prompt"] if "prompt" in problem else problem["question"] + INSTRUCTION
 
 
 def final_number(text: str) -> Decimal | None:
     """The number after the last "#", or None if there is not exactly one: a list of guesses is not an answer."""
     words = text.replace("\N{MINUS SIGN}", "-").rpartition("#")[2].split() if "#" in text else []
+    # Words without a digit may stand beside the number, but not a lone minus sign: "- 3" is no number, nor is it 3.
     words = [word.lstrip("*(").rstrip("*).,;:!?%") for word in words if re.search("[0-9]|^-$", word)]
     word = words[0].replace("$", "", 1) if len(words) == 1 else ""
     is_number = re.fullmatch(r"[-+]?(([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?|\.[0-9]+)", word)
     return Decimal(word.replace(",", "")) if is_number else None
 
 
-def reward(completion: str, answer: str) -> float:
+def reward(completion: str, problem: dict) -> float:
     """r_i: 1 if the completion's final number is the answer's, else 0. The text is parsed, never evaluated.
     Special tokens are stripped; to keep them, set skip_special_tokens=False in `decode`."""
     number = final_number(completion)
-    return float(number is not None and number == final_number("#" + answer))
+    # With "#" in front, an answer that is a number alone is read like GSM8K's, which end in "#### 72".
+    return float(number is not None and number == final_number("#" + problem["answer"]))
+
+
+def compute_rewards(completions: list[str], problems: list[dict]) -> list[float]:
+    """r_i of all completions of this process at once, each with its problem. A thread pool, a judge or a reward model
+    that wants batches goes here."""
+    return [reward(completion, problem) for completion, problem in zip(completions, problems, strict=True)]
 
 
 # ========================= end of the block to change ===========================
@@ -228,37 +239,30 @@ class Batch(NamedTuple):
     old_values: Tensor | None = None
     returns: Tensor | None = None
 
-    def rows(self, index: Tensor) -> "Batch":
-        """The completions at these indices, (N',), with their prompts, each cut to the longest of them. They must
-        be whole groups, or a part of one group."""
-        group_size = len(self.completion_ids) // len(self.prompt_ids)
-        prompts = index[::group_size] // group_size                                         # (B',)
-        longest = torch.stack([self.prompt_mask[prompts].sum(1).max(), self.completion_mask[index].sum(1).max()])
-        prompt_width, width = longest.clamp(min=1).tolist()
-        columns = (x if x is None else x[index, :width] for x in self[2:])
-        return Batch(*(x[prompts, -prompt_width:] for x in self[:2]), *columns)
-
-    def unshared(self) -> "Batch":
-        """The same with a copy of the prompt for every completion, as if G were 1."""
-        group_size = len(self.completion_ids) // len(self.prompt_ids)
-        return Batch(*(x.repeat_interleave(group_size, 0) for x in self[:2]), *self[2:])
-
 
 # ----- 1. Generate completions: o_1 .. o_G ~ pi_old(. | q) -----
 
-STOP_TEST_EVERY = 4  # tokens between tests for finished rows; a test waits for the device, and dropping rows copies
+
+def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
+    """The B problems of a step. Every pass over the data has a new random order and drops the remainder. The order
+    follows from (seed, step), so a resumed run neither skips nor repeats a problem."""
+    data_epoch, place = divmod(step, len(problems) // num_prompts)
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed * 1_000_003 + data_epoch))
+    return [problems[i] for i in order[place * num_prompts : (place + 1) * num_prompts].tolist()]
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits, (N, V), from softmax(logits / temperature), without top-k or top-p; the most
-    probable at temperature 0. uniforms: (N,), in [0, 1). Returns tokens and log-probabilities in nats, both (N,)."""
-    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (N, V)
+    """One token for each row of logits, (R, V), from softmax(logits / temperature), without top-k or top-p; the most
+    probable at temperature 0. uniforms: (R,), in [0, 1). Returns tokens and log-probabilities in nats, both (R,)."""
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (R, V)
     if temperature == 0:
-        tokens = logp.argmax(-1)                                                            # (N,)
+        tokens = logp.argmax(-1)                                                            # (R,)
     else:
-        # The first token whose cumulative probability exceeds the random number.
-        cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (N, V)
-        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
+        # The first token whose cumulative probability exceeds the random number. By rounding, the total is not quite 1,
+        # and a random number below 1 may be 1.
+        cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (R, V)
+        below = uniforms[:, None].clamp(max=1 - torch.finfo(uniforms.dtype).eps) * cdf[:, -1:]  # (R, 1)
+        tokens = torch.searchsorted(cdf, below, right=True)[:, 0]                           # (R,)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -272,46 +276,22 @@ def generate_completions(
         token, drawn in advance, so that a completion depends neither on the other rows nor on the process.
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is now the length of the longest completion.
     """
-    (num_prompts, prompt_width), (num_completions, max_new_tokens) = prompt_ids.shape, uniforms.shape
-    device = prompt_ids.device
     # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
-    uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)  # (N, T)
-    # A cache of fixed size, if the model can use one: only the tests below then wait for the device, not every token.
-    cache = StaticCache(policy.config, prompt_width + max_new_tokens) if policy._can_compile_fullgraph else None
-    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)                 # positions must ignore left padding
-    output = policy(prompt_ids, attention_mask=prompt_mask.long(), position_ids=position_ids, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1)
-    # The prompt ran once. Its keys and values are repeated for the G completions that follow it.
-    prompts = torch.arange(num_completions, device=device) * num_prompts // num_completions  # (N,), of each completion
-    output.past_key_values.reorder_cache(prompts)
-    logits, lengths, cache = output.logits[prompts, -1], prompt_mask.sum(1)[prompts], output.past_key_values  # (N, V)
-    visible = nn.functional.pad(prompt_mask[prompts].long(), (0, max_new_tokens), value=1)  # (N, P + T)
-
-    ids, logprobs = prompt_ids.new_zeros(uniforms.shape), torch.zeros_like(uniforms, dtype=torch.float32)  # (N, T)
-    rows = torch.arange(num_completions, device=device)                                     # those still in the batch
-    running = torch.ones_like(rows, dtype=torch.bool)                                       # no EOS token yet
-    # On a GPU, starting the kernels of a step from Python takes longer than running them: record it once and replay it.
-    graph_step, use_graph = None, device.type == "cuda" and all(type(layer) is StaticLayer for layer in cache.layers)
-    for t in range(max_new_tokens):
-        tokens, logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
-        ids[rows, t] = tokens
-        running = running & ~torch.isin(tokens, eos_ids)
-        still_running = int(running.sum()) if (t + 1) % STOP_TEST_EVERY == 0 else len(rows)
-        if t + 1 == max_new_tokens or still_running == 0:
+    dtype = torch.float32 if prompt_ids.device.type == "mps" else torch.float64
+    uniforms = uniforms.to(prompt_ids.device, dtype)                                        # (N, T)
+    ids = prompt_ids.new_zeros(uniforms.shape)                                              # (N, T)
+    logprobs = torch.zeros_like(uniforms, dtype=torch.float32)                              # (N, T)
+    running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
+    decoder = Decoder(policy, prompt_ids, prompt_mask, ids.shape)                          # repeats each prompt G times
+    for t in range(ids.shape[1]):
+        # The logits after q and o_{<t}, of all rows that still run, and of some that have ended.
+        rows, logits = decoder.next_logits(ids[:, :t], running)                             # (R,); (R, V)
+        if len(rows) == 0:
             break
-        if still_running < (len(rows) / 2 if use_graph else len(rows)):
-            kept = running.nonzero()[:, 0]  # finished rows leave the batch and the cache
-            rows, running, tokens, visible, lengths = (x[kept] for x in (rows, running, tokens, visible, lengths))
-            cache.reorder_cache(kept)
-            graph_step = None
-        if use_graph and t:  # the first step has loaded the kernels
-            graph_step = graph_step or record_step(policy, visible, lengths[:, None] + t, cache)
-            logits = graph_step(tokens)                                                     # (N', V)
-        else:
-            logits = policy(tokens[:, None], attention_mask=visible[:, : prompt_width + t + 1], use_cache=True,
-                            position_ids=lengths[:, None] + t, past_key_values=cache).logits[:, -1]  # (N', V)
-    ended = torch.isin(ids, eos_ids)                                                        # (N, T)
-    mask = ended.cumsum(1) - ended.long() == 0      # (N, T), true through the first EOS token; the rest is ignored
+        ids[rows, t], logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
+        running = running & ~torch.isin(ids[:, t], eos_ids)
+    is_end = torch.isin(ids, eos_ids).long()                                                # (N, T)
+    mask = is_end.cumsum(1) - is_end == 0           # (N, T), true through the first EOS token; the rest is ignored
     longest = int(mask.sum(1).max())
     return tuple(x[:, :longest] for x in (ids.where(mask, 0), mask, logprobs.where(mask, 0.0)))
 
@@ -321,43 +301,31 @@ def generate_completions(
 
 def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
     """The model's output in every state s_t = (q, o_{<t}), (N, T, V): logits that predict o_t, or one value (V = 1)."""
-    group_size = len(batch.completion_ids) // len(batch.prompt_ids)
-    lengths = batch.prompt_mask.sum(1, keepdim=True)                                        # (B, 1)
-    t = torch.arange(batch.completion_ids.shape[1], device=lengths.device)                  # (T,)
-    if group_size == 1:
-        # Prompt and completion in one row, padding last, so that the model needs neither mask nor positions.
-        mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                     # (N, P + T)
-        ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
-        ids = pad_sequence(ids, batch_first=True)                                           # (N, L)
-        # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
-        before = (lengths - 1 + t).clamp(max=ids.shape[1] - 1)                              # (N, T)
-        return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits          # (N, T, V)
-    # The prompt runs once, as in `generate_completions`. Its gradient is the sum over its completions.
-    position_ids = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                           # (B, P)
-    # Its last state is projected once per completion, because a product of one row may be rounded differently.
-    last = torch.full((group_size,), position_ids.shape[1] - 1, device=t.device)
-    output = model(input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=position_ids,
-                   use_cache=True, logits_to_keep=last)
-    first, cache = output.logits.flatten(0, 1)[:, None], output.past_key_values             # (N, 1, V)
-    cache.batch_repeat_interleave(group_size)
-    prompt_mask, lengths = (x.repeat_interleave(group_size, 0) for x in (batch.prompt_mask, lengths))
-    visible = torch.cat([prompt_mask, torch.ones_like(batch.completion_mask)], 1).long()    # (N, P + T)
-    others = model(input_ids=batch.completion_ids, attention_mask=visible, position_ids=lengths + t,
-                   past_key_values=cache, use_cache=True, logits_to_keep=t[:-1]).logits     # (N, T - 1, V)
-    return torch.cat([first, others], 1)
+    if len(batch.prompt_ids) < len(batch.completion_ids):
+        return predict_shared(model, batch)  # the same, but each prompt runs once for its completions: see SPEED
+    # Prompt and completion in one row, padding last, so that the model needs neither mask nor positions.
+    mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                         # (N, P + T)
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
+    ids = pad_sequence(ids, batch_first=True)                                               # (N, L)
+    # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
+    t = torch.arange(batch.completion_ids.shape[1], device=ids.device)                      # (T,)
+    before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)   # (N, T)
+    # Two-dimensional logits_to_keep: the positions of each row that are projected to logits.
+    return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits              # (N, T, V)
 
 
-def completion_logprobs(policy: nn.Module, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+def completion_logprobs(
+    policy: nn.Module, batch: Batch, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding."""
     logits = predict_completions(policy, batch)                                             # (N, T, V)
     assert logits.shape[:2] == batch.completion_ids.shape, "the model ignores logits_to_keep"
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # near -6, bfloat16 values are 0.03 apart
+    # Near -6 bfloat16 rounds by up to 0.016, so the rest is in float32.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # (N, T, V)
     logprobs = logp.gather(2, batch.completion_ids[..., None])[..., 0]                      # (N, T)
-    # p log p is 0 at p = 0, and so is its gradient; the clamp avoids 0 * -inf where a model masks a token with -inf.
-    pieces = logp.flatten(0, 1).split(max(1, 2**20 // logp.shape[2]))    # of (N T, V), that fit in the cache of a CPU
-    entropy = -torch.cat([(x.exp() * x.clamp(min=torch.finfo(x.dtype).min)).sum(-1) for x in pieces])  # (N T,)
-    return tuple(x.view_as(logprobs).where(batch.completion_mask, 0.0) for x in (logprobs, entropy))
+    entropy = token_entropy(logp if entropy_gradient else logp.detach())                    # (N, T), -sum_v pi log pi
+    return logprobs.where(batch.completion_mask, 0.0), entropy.where(batch.completion_mask, 0.0)
 
 
 # ----- Values: V(s_t), what the value model expects from a prefix on -----
@@ -368,6 +336,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, policy: nn.Module):
         super().__init__()
+        self.config = policy.config
         self.backbone = copy.deepcopy(policy.base_model)
         self.head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
@@ -377,7 +346,7 @@ class ValueModel(nn.Module):
         """As a language model whose vocabulary is one value: its logits are (N, T, 1)."""
         output = self.backbone(**inputs)
         states = slice_logits_to_keep(output.last_hidden_state, logits_to_keep)
-        return CausalLMOutputWithPast(logits=self.head(states), past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(logits=self.head(states), cache=output.cache)
 
 
 def completion_values(value_model: ValueModel, batch: Batch) -> Tensor:
@@ -387,31 +356,32 @@ def completion_values(value_model: ValueModel, batch: Batch) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the tokens: 1 is a perfect prediction, 0 is no better than a constant."""
-    errors, returns = (returns - values)[mask], returns[mask]
-    return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    """1 - Var(R - V) / Var(R) over the tokens: 1 is a perfect prediction, 0 is no better than a constant, and
+    0 if all returns are equal and there is nothing to explain."""
+    errors, variance = (returns - values)[mask], returns[mask].var(correction=0)            # scalar
+    return (1 - errors.var(correction=0) / variance).where(variance > 1e-8, 0.0)
 
 
 # ----- 2. Token rewards: the KL penalty on every token, the completion's reward on the last -----
 
 
-def token_rewards(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: float) -> Tensor:
-    """r_t = r_phi [t is the last token] - beta kl_t (DeepSeekMath Eq. 2, InstructGPT Eq. 2), without gradient.
+def rewards_with_kl(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: float) -> Tensor:
+    """r_t = r_phi [t is the last token] - beta kl_t (DeepSeekMath Eq. 2), without gradient.
 
     Args: rewards (...), one per completion; kl, completion_mask (..., T), kl as from `kl_estimate`.
     Returns: (..., T), 0 in the padding. A completion's token rewards sum to its reward less beta times its KL.
     """
+    # Differs: InstructGPT Eq. 2 takes one KL off the whole reward. The sum over the tokens is the same.
     assert (*rewards.shape, completion_mask.shape[-1]) == kl.shape == completion_mask.shape
     last = completion_mask & (completion_mask.sum(-1, keepdim=True) == completion_mask.cumsum(-1))  # one a completion
     return (rewards[..., None].where(last, 0.0) - beta * kl).where(completion_mask, 0.0).detach()   # (..., T)
 
 
-# ----- 3. The advantages: gae and whiten in advantage.py -----
-# ----- 4. The losses: PPO Eq. 7, and of the value model -----
+# ----- 4. The losses: PPO Eq. 7, and that of the value model (3. is gae in advantage.py) -----
 
 
-def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int) -> Tensor:
-    """The weight of each token in the loss: (..., T), 0 in the padding.
+def loss_weights(token_mask: Tensor, loss_average: str, max_new_tokens: int) -> Tensor:
+    """The weight of each token in the loss: (..., T), 0 where token_mask, (..., T), is false.
 
     The weights are computed over the whole batch of N completions. The losses and gradients of micro-batches therefore
     add up to those of the batch, however it is split.
@@ -421,7 +391,7 @@ def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int
         "constant"  1 / (N max_new_tokens)    a constant instead of |o_i|: no length bias (Dr. GRPO)
     """
     # Differs: DAPO averages over the tokens of a group, then over groups. Here, as is usual, over all tokens at once.
-    mask = completion_mask.float()                                                          # (..., T)
+    mask = token_mask.float()                                                               # (..., T)
     num_completions = mask[..., 0].numel()
     if loss_average == "sequence":
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / num_completions
@@ -434,14 +404,14 @@ def loss_weights(completion_mask: Tensor, loss_average: str, max_new_tokens: int
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor, weights: Tensor,
-    clip_eps: float = 0.2, clip_eps_high: float | None = None, penalty_beta: float | None = None,
+    clip_eps: float = 0.2, clip_eps_high: float | None = None, beta_old: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-L^CLIP of PPO Eq. 7: -sum_t weight * min[r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t].
 
     Args:
         logprobs, old_logprobs: (..., T), in nats; only the first carries a gradient.
         advantages, completion_mask, weights: (..., T); weights as from `loss_weights`.
-        penalty_beta: if given, PPO Eq. 8 instead: -sum_t weight * (r_t A_t - penalty_beta KL[pi_old, pi_theta]).
+        beta_old: if given, PPO Eq. 8 instead: -sum_t weight * (r_t A_t - beta_old KL[pi_old, pi_theta]).
 
     Returns: the loss, a scalar, and the metrics ratio, clip_frac and approx_kl, each (..., T) without gradient.
     """
@@ -449,17 +419,17 @@ def policy_loss(
     # The padding is masked before exp: an overflow there would make its gradient NaN instead of 0.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (..., T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (..., T)
-    # PPO Eq. 6: r_t = pi_theta / pi_old reweighs samples of the old policy to be those of the new one.
-    ratio = log_ratio.exp()                                                                 # (..., T)
-    approx_kl = torch.expm1(log_ratio) - log_ratio   # (..., T), k3 of KL[pi_old, pi_theta]: pi_old sampled the tokens
+    ratio = log_ratio.exp()                                                                 # (..., T), r_t, PPO Eq. 6
 
     # PPO Eq. 7, a pessimistic bound: the gradient is 0 only where the ratio has left the clip range in the direction in
     # which the advantage pushes it.
     unclipped = ratio * advantages                                                          # (..., T)
     clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high)) * advantages
     objective = torch.minimum(unclipped, clipped)                                           # (..., T)
-    if penalty_beta is not None:
-        objective = unclipped - penalty_beta * approx_kl                                    # (..., T), Eq. 8
+    approx_kl = torch.expm1(log_ratio) - log_ratio   # (..., T), k3 of KL[pi_old, pi_theta]: pi_old sampled the tokens
+    if beta_old is not None:
+        # Differs: the KL of Eq. 8 is a sum over all possible tokens. This is its estimate from the sampled ones.
+        objective = unclipped - beta_old * approx_kl                                        # (..., T), Eq. 8
 
     loss = -(objective * weights).sum()                                                     # scalar
     metrics = {"ratio": ratio, "clip_frac": (clipped < unclipped).float(), "approx_kl": approx_kl}
@@ -491,22 +461,26 @@ def value_loss(
 # ----- The loop: PPO Algorithm 1 -----
 
 
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+    """Clip the gradient by its global norm and step. Returns the norm before clipping, a scalar."""
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    # Differs: no step if the norm is not finite, or if it is 0, when only AdamW's momentum would move the weights.
+    if 0 < grad_norm < math.inf:
+        optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
+
+
 def train(args: Args, stop: threading.Event | None = None) -> Path:
-    """Train a policy. Returns its folder, in Hugging Face format. Setting `stop` ends the run early."""
-    args, stop = check_args(args), stop or threading.Event()
-    if args.adaptive_kl_target and not args.beta:
-        raise UserError("--adaptive-kl-target needs a --beta to start from")
+    """Train a policy. Returns its folder, in Hugging Face format. Setting `stop` ends the run after its step."""
+    args = check_args(args)
     device = start(args)
-    tokenizer, problems, held_out = load_problems(args)
-    policy, eos_ids = load_policy(args.model, tokenizer, device)
+    tokenizer, eos_ids, problems, held_out = load_problems(args, device)
+    policy = load_policy(args.model, device)            # dropout is off: with it, the first ratio would not be 1
     ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta else None         # no KL, no reference
     value_model = ValueModel(policy)                                                        # Differs: no shared weights
-    args = replace(args, share_prompt=can_share_prompt(policy, problems, args), dtype=choose_dtype(policy, args.dtype))
+    args, sampler = prepare(args, policy, [ref_policy, value_model], problems)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    sampler = make_sampler(policy, args.dtype)
-    shard(ref_policy)
-    shard(value_model, args.gradient_checkpointing)
-    shard(policy, args.gradient_checkpointing)
     # Differs: constant learning rates, and `optimizer_step` clips the gradient.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     value_optimizer = torch.optim.AdamW(
@@ -514,126 +488,379 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     )
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None),              # what a checkpoint holds
               "value_model": (value_model, value_optimizer)}
-    betas = {"kl": args.beta, "penalty": 1.0}                                               # PPO 4: any start will do
-    run = Run(args, tokenizer, (problems, held_out), models, betas)
-    for step in run.steps:
-        run.step = step
-        refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta
-        last = step == args.num_steps or all_sum(torch.tensor(stop.is_set(), device=device, dtype=torch.long)) > 0
-        if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
-            run.log(evaluate(run, sampler, held_out, eos_ids))
-        if last or (args.save_every and step % args.save_every == 0):
-            run.save(last)
-        if last:
+    # The weights of the KL from pi_ref, and of that from pi_old in PPO Eq. 8, where any start will do.
+    betas = {"ref": args.beta, "old": 1.0}
+    run = Run(args, tokenizer, eos_ids, problems, held_out, sampler, models, betas, stop)
+    # One update per minibatch of prompts. Minibatches are never reshuffled.
+    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)                # each (B',)
+    score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # (N', T)
+    for step in run.bar:                                # from 0, or the checkpoint's step, through num_steps
+        if run.evaluate_and_save(step):                 # when it is due; true after the last step or a signal
             break
-        started = run.clock()
+        refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta
 
-        # ---- 1. Generate completions: the policy as it is now is pi_old ----
-        chosen = next_problems(problems, step, args.num_prompts, args.seed)                 # B pairs (ids, answer)
-        prompts = pad_prompts([ids for ids, _ in chosen], device)                           # (B, P), ids and mask
+        # ---- 1. Generate completions, actions a_t ~ pi_old(. | s_t), and compute their rewards r_phi ----
+        chosen = next_problems(problems, step, args.num_prompts, args.seed)                 # B pairs (prompt, problem)
+        prompt_ids, prompt_mask = pad_prompts([prompt for prompt, _ in chosen], device)     # (B, P), each
         shape = args.num_prompts * args.group_size, args.max_new_tokens
-        uniforms = torch.rand(shape, dtype=torch.float64, generator=seed_step(args.seed, step))  # (N, T)
-        # Each process samples its share of the prompts. After `all_gather`, all of them have the whole batch.
-        sampled = generate_completions(sampler, *(share(x) for x in (*prompts, uniforms)), args.temperature, eos_ids)
-        answers = [answer for _, answer in share(chosen) for _ in range(args.group_size)]
-        rewards = compute_rewards(decode(tokenizer, *sampled[:2]), answers, run)            # r_phi
-        (rewards,), batch = all_gather(rewards), Batch(*prompts, *all_gather(*sampled))     # (N,); (N, T)
-        lengths = batch.completion_mask.sum(-1)                                             # (N,), |o|
+        uniforms = torch.rand(shape, dtype=torch.float64, generator=reseed(args.seed, step))  # (N, T)
+        # Each process does its own part of the prompts. After `all_gather` every process has all N completions.
+        own_ids, own_mask, own_logprobs = generate_completions(
+            sampler, own_part(prompt_ids), own_part(prompt_mask), own_part(uniforms), args.temperature, eos_ids
+        )
+        own_problems = [problem for _, problem in own_part(chosen) for _ in range(args.group_size)]
+        own_rewards = run.guard(compute_rewards, decode(tokenizer, own_ids, own_mask, eos_ids), own_problems)
+        rewards = all_gather(own_rewards)                                                   # (N,), r_phi
+        batch = Batch(prompt_ids, prompt_mask, *(all_gather(x) for x in (own_ids, own_mask, own_logprobs)))
         ended = (torch.isin(batch.completion_ids, eos_ids) & batch.completion_mask).any(-1)  # (N,)
-        sampled_at = run.clock()
-
-        # ---- The same tokens under pi_old, pi_ref and the old value model, without gradient ----
-        mask, has_signal = batch.completion_mask, torch.ones(args.num_prompts, dtype=torch.bool)  # (N, T); (B,)
-        batch = batch if args.share_prompt else batch.unshared()
-        # One update per minibatch; the gradients of its micro-batches are accumulated.
-        minibatches = split_batch(batch, has_signal, policy.config.get_text_config().vocab_size, args)
-        with torch.no_grad(), autocast:
-            # Differs: by the forward pass of the update, not by the sampler, on minibatches that stay the same
-            # in all epochs: before the first update the ratio is exactly 1.
-            old_logprobs = score_batch(completion_logprobs, policy, batch, minibatches, args.temperature)  # (N, T)
-            ref_logprobs = old_logprobs  # without a reference the KL is 0
-            if ref_policy:
-                ref_logprobs = score_batch(completion_logprobs, ref_policy, batch, minibatches, args.temperature)
-            old_values = score_batch(completion_values, value_model, batch, minibatches)    # (N, T)
+        run.lap("time/sample")
 
         # ---- 2. The KL from the reference goes into the reward of every token ----
-        # Eq. 2 says pi_theta: the policy that sampled, our pi_old. A reward does not change during the epochs.
+        # pi_old, pi_ref and V are scored without gradient. pi_old is the trainer's own forward pass under the weights
+        # that sampled, on the micro-batches of the update, so that the first ratio is exactly 1.
+        with torch.no_grad(), autocast:
+            old_logprobs = score_batch(score, policy, batch, minibatches, args)             # (N, T)
+            ref_logprobs = score_batch(score, ref_policy, batch, minibatches, args) if ref_policy else old_logprobs
+            old_values = score_batch(completion_values, value_model, batch, minibatches, args)  # (N, T)
+        mask = batch.completion_mask                                                        # (N, T)
+        # Eq. 2 has pi_theta, which at this point is pi_old. A reward does not change during the epochs.
         kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_estimator)                     # (N, T)
-        r_t = token_rewards(rewards, kl, mask, betas["kl"] if args.kl_placement == "reward" else 0.0)  # (N, T)
+        beta_in_reward = betas["ref"] if args.kl_placement == "reward" else 0.0
+        token_rewards = rewards_with_kl(rewards, kl, mask, beta_in_reward)                  # (N, T), r_t
         if args.whiten_rewards:
-            r_t = whiten(r_t, mask, shift_mean=False)
+            token_rewards = whiten(token_rewards, mask, shift_mean=False)                   # (N, T)
 
         # ---- 3. The advantages: how much better than the value model predicted was each token? ----
-        advantages, returns = gae(r_t, old_values, mask, args.gamma, args.gae_lambda)       # (N, T), twice
-        explained = explained_variance(old_values, returns, mask)
+        advantages, returns = gae(token_rewards, old_values, mask, args.gamma, args.gae_lambda)  # (N, T), each
         if args.whiten_advantages:
-            advantages = whiten(advantages, mask)                                           # (N, T). Differs
-        # The weights are those of the whole batch, whichever minibatch a token is in. A minibatch holds
-        # 1 / num_minibatches of the completions, hence the factor.
+            # Differs: the papers do not whiten, Ziegler et al.'s code does: mean 0 and variance 1 over all tokens.
+            advantages = whiten(advantages, mask)                                           # (N, T)
+
+        # ---- 4. The clipped losses of both models, and the updates, K epochs ----
+        # The weights are those of the whole batch, of which a minibatch holds 1 / num_minibatches, hence the factor.
         weights = args.num_minibatches * loss_weights(mask, args.loss_average, args.max_new_tokens)  # (N, T)
         batch = batch._replace(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantages,
                                weights=weights, old_values=old_values, returns=returns)
-
-        # ---- 4. The losses and the updates, K epochs ----
         metrics, value_metrics, warming_up = Metrics(), Metrics(), step < args.value_warmup_steps
         for epoch in range(1, args.update_epochs + 1):
             for minibatch in minibatches:
-                for rows in map(batch.rows, minibatch):
+                # The gradients of the parts, and of the processes, add up to the gradient of the minibatch.
+                for part in micro_batches(value_model, batch, minibatch, args):
                     with autocast:
-                        values = completion_values(value_model, rows)                       # (N', T)
-                    v_loss, value_clipped = value_loss(
-                        values, rows.old_values, rows.returns, rows.completion_mask, rows.weights, args.value_clip_eps
+                        values = completion_values(value_model, part)                       # (N', T)
+                    loss, is_clipped = value_loss(
+                        values, part.old_values, part.returns, part.completion_mask, part.weights,
+                        value_clip_eps=args.value_clip_eps,
                     )
-                    v_loss.backward()  # now, so that its activations are gone before the policy's are there
-                    value_metrics.add(rows.completion_mask, v_loss, clip_frac=value_clipped)
-                    if warming_up:
-                        continue  # Differs: first only the value model learns
+                    loss.backward()
+                    value_metrics.add(part.completion_mask, loss, clip_frac=is_clipped)
+                value_metrics.grad_norms.append(optimizer_step(value_model, value_optimizer, args.max_grad_norm))
+                if warming_up:
+                    continue  # Differs: first only the value model learns
+                for part in micro_batches(policy, batch, minibatch, args):
                     with autocast:
-                        logprobs, entropy = completion_logprobs(policy, rows, args.temperature)  # (N', T), twice
+                        logprobs, entropy = completion_logprobs(
+                            policy, part, args.temperature, entropy_gradient=args.entropy_coef > 0
+                        )                                                                   # (N', T), each
                     loss, per_token = policy_loss(
-                        logprobs, rows.old_logprobs, rows.advantages, rows.completion_mask, rows.weights,
-                        args.clip_eps, args.clip_eps_high, betas["penalty"] if args.penalty_kl_target else None,
+                        logprobs, part.old_logprobs, part.advantages, part.completion_mask, part.weights,
+                        clip_eps=args.clip_eps, clip_eps_high=args.clip_eps_high,
+                        beta_old=betas["old"] if args.penalty_kl_target else None,
                     )
                     if args.kl_placement == "loss" and ref_policy:
-                        ref_kl = kl_estimate(logprobs, rows.ref_logprobs, args.kl_estimator)  # (N', T)
-                        loss = loss + betas["kl"] * (ref_kl * rows.weights).sum()
+                        ref_kl = kl_estimate(logprobs, part.ref_logprobs, args.kl_estimator)  # (N', T)
+                        loss = loss + betas["ref"] * (ref_kl * part.weights).sum()
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * (entropy * rows.weights).sum()    # PPO Eq. 9, c_2 S
+                        loss = loss - args.entropy_coef * (entropy * part.weights).sum()    # PPO Eq. 9, c_2 S
                     loss.backward()
                     by_epoch = {f"{name}_epoch_{epoch}": per_token[name] for name in ("clip_frac", "approx_kl")}
-                    metrics.add(rows.completion_mask, loss, entropy=entropy, **per_token, **by_epoch)
-                value_metrics.grad_norms.append(optimizer_step(value_model, value_optimizer, args.max_grad_norm))
-                if not warming_up:
-                    metrics.grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm))
+                    metrics.add(part.completion_mask, loss, entropy=entropy, **per_token, **by_epoch)
+                metrics.grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm))
             if args.early_stop_kl and not warming_up and metrics.mean(f"approx_kl_epoch_{epoch}") > args.early_stop_kl:
                 break
-        used_beta = betas["kl"]
-        if args.penalty_kl_target and not warming_up:
-            # PPO section 4: the next penalty follows from how far all updates together have moved the policy.
-            with torch.no_grad(), autocast:
-                logprobs = score_batch(completion_logprobs, policy, batch, minibatches, args.temperature)  # (N, T)
-            moved = kl_estimate(old_logprobs, logprobs, "k3")[mask].mean().item()           # nats per token
-            betas["penalty"] = penalty_beta(betas["penalty"], moved, args.penalty_kl_target)
-        if args.adaptive_kl_target and not warming_up:
-            betas["kl"] = adaptive_beta(used_beta, kl.sum(-1).mean().item(), args.adaptive_kl_target)
 
-        run.log({
-            "time/sample": sampled_at - started, "time/update": run.clock() - sampled_at,
+        # ---- The controllers: the betas of the next step ----
+        used_beta = betas["ref"]
+        if args.penalty_kl_target and not warming_up:
+            # PPO section 4: from how far all updates of the step together have moved the policy.
+            with torch.no_grad(), autocast:
+                logprobs = score_batch(score, policy, batch, minibatches, args)             # (N, T)
+            moved = kl_estimate(old_logprobs, logprobs, "k3")[mask].mean().item()           # nats per token
+            betas["old"] = penalty_beta(betas["old"], moved, args.penalty_kl_target)
+        if args.adaptive_kl_target and not warming_up:
+            betas["ref"] = adaptive_beta(used_beta, kl.sum(-1).mean().item(), args.adaptive_kl_target)
+
+        run.log_step({
             "reward/mean": rewards.mean(),
-            "reward/std": rewards.std(),
-            "completion/length": lengths.float().mean(),
+            "reward/std": rewards.std(correction=int(len(rewards) > 1)),
+            "completion/length": mask.sum(-1).float().mean(),
             "completion/truncated": 1 - ended.float().mean(),
             "policy/kl": kl.sum() / mask.sum(),
             "policy/sampler_gap": (old_logprobs - batch.sampler_logprobs)[mask].abs().mean(),
             "policy/beta": used_beta,
-            **(metrics.means("policy") if not warming_up else {}),
+            **metrics.means("policy"),
             **value_metrics.means("value"),
-            "value/explained_variance": explained,
+            "value/explained_variance": explained_variance(old_values, returns, mask),
         })
     return run.finish()
 
 
+# ==================================== SPEED =====================================
+# The same numbers in less time or memory. Each docstring says which plain thing the function stands for.
+
+STOP_TEST_EVERY = 4  # tokens between tests for ended rows: a test waits for the device, dropping rows copies the cache
+
+
+class Decoder:
+    """Logits of the next token for N = B G rows. Stands for `policy(torch.cat([prompts, ids], 1)).logits[:, -1]` with
+    each prompt repeated G times: a cache keeps the keys and values of all tokens before, and ended rows leave it."""
+
+    can_record = True  # until a model's step could not be recorded
+
+    def __init__(self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, shape: tuple[int, int]):
+        """prompt_ids, prompt_mask: (B, P); shape: N and the maximum of tokens, T."""
+        self.policy, self.prompt_ids, self.prompt_mask, self.graph_step = policy, prompt_ids, prompt_mask, None
+        # Of fixed size, if the model can use such a cache: else every token waits for the device.
+        width = prompt_ids.shape[1] + shape[1]
+        self.cache = StaticCache(policy.config, width) if policy._can_compile_fullgraph else None
+        self.rows = torch.arange(shape[0], device=prompt_ids.device)                        # (R,), those in the cache
+        self.prompts = self.rows * len(prompt_ids) // len(self.rows)                        # (N,), of each completion
+        self.lengths = prompt_mask.sum(1)[self.prompts]                                     # (R,), of the prompts
+        self.visible = nn.functional.pad(prompt_mask[self.prompts].long(), (0, shape[1]), value=1)  # (R, P + T)
+
+    def next_logits(self, ids: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
+        """ids: (N, t), all tokens so far; running: (N,), rows that have not ended. Returns the rows in the cache, (R,),
+        none if all have ended, and their logits, (R, V)."""
+        t = ids.shape[1]
+        if t == 0:
+            return self.rows, self.run_prompts()
+        if t % STOP_TEST_EVERY == 0:
+            kept = running[self.rows]                                                       # (R,)
+            num_kept = int(kept.sum())
+            if num_kept == 0:
+                return self.rows[:0], self.visible[:0]
+            if num_kept < (len(kept) / 2 if self.use_graph else len(kept)):  # a graph must be recorded again
+                kept, self.graph_step = kept.nonzero()[:, 0], None
+                self.rows, self.lengths, self.visible = self.rows[kept], self.lengths[kept], self.visible[kept]
+                self.cache.reorder_cache(kept)
+        tokens, position_ids = ids[self.rows, -1], self.lengths[:, None] + t - 1            # (R,); (R, 1)
+        if self.use_graph and t > 1:  # the first step has loaded the kernels
+            try:
+                self.graph_step = self.graph_step or record_step(self.policy, self.visible, position_ids, self.cache)
+                return self.rows, self.graph_step(tokens)
+            except RuntimeError as error:
+                Decoder.can_record = self.use_graph = False
+                say(f"A step of sampling cannot be recorded as a CUDA graph, so this model samples without: {error}")
+        visible = self.visible[:, : self.prompt_ids.shape[1] + t]
+        output = self.policy(tokens[:, None], attention_mask=visible, position_ids=position_ids, cache=self.cache,
+                             use_cache=True)
+        return self.rows, output.logits[:, -1]
+
+    def run_prompts(self) -> Tensor:
+        """Run every prompt once and repeat its keys and values G times. Returns the first logits, (N, V)."""
+        position_ids = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)            # positions must ignore left padding
+        output = self.policy(self.prompt_ids, attention_mask=self.prompt_mask.long(), position_ids=position_ids,
+                             cache=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = getattr(output, "cache", None)
+        assert self.cache, "it has no cache of keys and values"
+        self.cache.reorder_cache(self.prompts)
+        # On a GPU, starting the kernels of a step from Python takes longer than running them: record it, replay it.
+        is_static = all(type(layer) is StaticLayer for layer in self.cache.layers)
+        self.use_graph = self.can_record and self.rows.is_cuda and is_static
+        return output.logits[self.prompts, -1]
+
+
+def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache: StaticCache) -> Callable:
+    """A step of `Decoder` as a CUDA graph: a function of the last tokens, (R,), that returns the logits, (R, V). Every
+    call reads and writes the same memory: the tokens, the positions, the cache, the logits."""
+    tokens, graph = torch.zeros_like(position_ids), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        logits = policy(tokens, attention_mask=visible, position_ids=position_ids, cache=cache, use_cache=True).logits
+
+    def step(new_tokens: Tensor) -> Tensor:
+        tokens.copy_(new_tokens[:, None])  # where the recording reads them
+        graph.replay()
+        position_ids.add_(1)
+        return logits[:, -1]
+
+    return step
+
+
+def make_sampler(policy: nn.Module, dtype: str) -> nn.Module:
+    """The model that samples: the policy itself, or a whole copy in the dtype of the computation. Stands for policy."""
+    if dtype == "float32" and not dist.is_initialized():
+        return policy
+    sampler = copy.deepcopy(policy).requires_grad_(False)
+    for parameter in sampler.parameters():  # and no buffer: rounded rotary frequencies drift with the position
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return sampler
+
+
+@torch.no_grad()
+def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
+    """Copy the policy's weights to the sampler, where it is not the policy itself."""
+    for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
+        copied.copy_(full_tensor(current))
+
+
+def predict_shared(model: nn.Module, batch: Batch) -> Tensor:
+    """`predict_completions` where G' > 1 completions share a prompt: it runs once, as in `Decoder`, and its gradient is
+    the sum over its completions. Returns (N, T, V)."""
+    group_size = len(batch.completion_ids) // len(batch.prompt_ids)                         # G'
+    position_ids = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                           # (B, P)
+    # Its last state is projected once per completion, because a product of one row may be rounded differently.
+    last = torch.full((group_size,), position_ids.shape[1] - 1, device=position_ids.device)
+    output = model(input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=position_ids,
+                   use_cache=True, logits_to_keep=last)
+    first = output.logits.flatten(0, 1)[:, None]                                            # (N, 1, V)
+    output.cache.batch_repeat_interleave(group_size)
+    prompt_mask = batch.prompt_mask.repeat_interleave(group_size, 0)                        # (N, P)
+    visible = torch.cat([prompt_mask, torch.ones_like(batch.completion_mask)], 1).long()    # (N, P + T)
+    t = torch.arange(batch.completion_ids.shape[1], device=visible.device)                  # (T,)
+    others = model(input_ids=batch.completion_ids, attention_mask=visible, cache=output.cache, use_cache=True,
+                   position_ids=prompt_mask.sum(1, keepdim=True) + t, logits_to_keep=t[:-1]).logits  # (N, T - 1, V)
+    return torch.cat([first, others], 1)
+
+
+def token_entropy(logp: Tensor) -> Tensor:
+    """`-(logp.exp() * logp).sum(-1)`, (N, T, V) -> (N, T), in pieces that fit in the cache of a CPU. 0 log 0 is 0, and
+    so is its gradient: the clamp avoids 0 * -inf where a model masks a token with -inf."""
+    pieces = logp.flatten(0, 1).split(max(1, 2**20 // logp.shape[2]))                       # of (N T, V)
+    sums = [(x.exp() * x.clamp(min=torch.finfo(x.dtype).min)).sum(-1) for x in pieces]
+    return -torch.cat(sums).view(logp.shape[:2])
+
+
+def max_logits(device: torch.device) -> int:
+    """Most logits in one pass of the update: in float32, 256 MB on a CPU and a 24th of the memory of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory // 96 if device.type == "cuda" else 2**26
+
+
+def split_minibatch(model: nn.Module, batch: Batch, minibatch: Tensor, args: Args) -> tuple[Tensor, ...]:
+    """Cut this process's completions of a minibatch, (B',) prompts, into micro-batches of similar lengths that fit in
+    memory, each (N',) completions: whole groups, or equal parts of one; any number where prompts are not shared."""
+    rank, processes = world()
+    prompt_lengths, lengths = batch.prompt_mask.sum(1).cpu(), batch.completion_mask.sum(1).cpu()  # (B,); (N,)
+    group_size = len(lengths) // len(prompt_lengths)
+    groups = torch.arange(len(lengths)).view(-1, group_size)[minibatch]                     # (B', G), of completions
+    groups = groups if args.share_prompt else groups.view(-1, 1)                            # or as if G were 1
+    groups = groups.gather(1, lengths[groups].argsort(dim=1, stable=True))                  # by length
+    totals = prompt_lengths[groups[:, 0] // group_size] + lengths[groups].sum(1)            # (B',)
+    groups = groups[totals.argsort(descending=True, stable=True)]
+    G, P, T = groups.shape[1], int(prompt_lengths[minibatch].max()), int(lengths[groups].max())
+    logits_per_token, most_logits = model.config.get_text_config().vocab_size, max_logits(batch.prompt_ids.device)
+
+    def fits(n: int) -> bool:
+        """A copy of the keys and values of a prompt takes about an eighth of the memory of its activations."""
+        tokens = n * T + math.ceil(n / G) * P + n * P / 8
+        return n * T * logits_per_token <= most_logits and tokens <= args.micro_batch_tokens
+
+    sizes = [n for n in range(2, groups.numel() + 1) if n % G == 0 or G % n == 0]
+    size = max(filter(fits, sizes), default=1)
+    return groups[rank::processes].flatten().to(batch.prompt_ids.device).split(size)
+
+
+def take_completions(batch: Batch, index: Tensor, share_prompt: bool) -> Batch:
+    """The completions at these indices, (N',), with their prompts, all cut to the longest of them. Completions share a
+    prompt, or each has a copy; to share, the indices must be whole groups, or a part of one."""
+    group_size = len(batch.completion_ids) // len(batch.prompt_ids)
+    prompts = index[:: group_size if share_prompt else 1] // group_size                     # (B',) or (N',)
+    prompt_ids, prompt_mask, *columns = batch
+    P, T = torch.stack([prompt_mask[prompts].sum(1).max(), batch.completion_mask[index].sum(1).max()]).tolist()
+    columns = [None if x is None else x[index, :T] for x in columns]
+    return Batch(prompt_ids[prompts, -P:], prompt_mask[prompts, -P:], *columns)
+
+
+def micro_batches(model: nn.Module, batch: Batch, minibatch: Tensor, args: Args) -> Iterator[Batch]:
+    """This process's completions of a minibatch, (B',) prompts, in parts. Stands for all of them at once."""
+    for index in split_minibatch(model, batch, minibatch, args):
+        yield take_completions(batch, index, args.share_prompt)
+
+
+def score_batch(score: Callable, model: nn.Module, batch: Batch, minibatches: tuple, args: Args) -> Tensor:
+    """`score(model, batch)`, (N, T), on the micro-batches of the update, so that these are the same numbers."""
+    result = torch.zeros(batch.completion_ids.shape, device=batch.prompt_ids.device)
+    for minibatch in minibatches:
+        for index in split_minibatch(model, batch, minibatch, args):
+            output = score(model, take_completions(batch, index, args.share_prompt))        # (N', T')
+            result[index, : output.shape[1]] = output
+    return all_sum(result)
+
+
+def prepare(args: Args, policy: nn.Module, others: list, problems: list) -> tuple[Args, nn.Module]:
+    """Try the models, choose --dtype and whether prompts are shared, and shard all over the processes. Returns the
+    arguments with these choices, and the model that samples."""
+    models, dtype = [model for model in (*others, policy) if model is not None], choose_dtype(policy, args.dtype)
+    sampler, trial = make_sampler(policy, dtype), trial_batch(policy, problems, args)
+    check_models(policy, sampler, models, trial, replace(args, dtype=dtype))
+    args = replace(args, dtype=dtype, share_prompt=can_share_prompt(policy, trial, args))
+    for model in models:
+        shard(model, args.gradient_checkpointing)
+    return args, sampler
+
+
+def trial_batch(policy: nn.Module, problems: list, args: Args) -> Batch:
+    """Two prompts of random tokens, one as long as the longest of training, and two completions of each."""
+    vocab_size, device = policy.config.get_text_config().vocab_size, policy.device
+    longest = max(len(prompt) for prompt, _ in problems)
+    width = max(2, min(args.max_new_tokens, max_logits(device) // vocab_size // 4))
+    ids = torch.randint(vocab_size, (4, longest + width), generator=reseed(0, 0))
+    prompts = pad_prompts([ids[0, :longest].tolist(), ids[1, : longest // 4 + 1].tolist()], device)
+    mask = (torch.arange(width) < torch.tensor([[width], [width // 2], [1], [width]])).to(device)  # (4, width)
+    return Batch(*prompts, ids[:, longest:].to(device), mask, mask.float())
+
+
+def alone(batch: Batch) -> Batch:
+    """The same completions, each with a copy of its prompt."""
+    return take_completions(batch, torch.arange(len(batch.completion_ids), device=batch.prompt_ids.device), False)
+
+
+@torch.no_grad()
+def check_models(policy: nn.Module, sampler: nn.Module, models: list, trial: Batch, args: Args) -> None:
+    """Refuse models that cannot run the longest rows in --dtype, and a policy that scores otherwise than it samples."""
+    how = "" if args.dtype == "float32" else f" with --dtype {args.dtype}"
+    with together(), as_user_error(f"--model {args.model} cannot be trained here{how}"):
+        # Every eighth token ends a completion, so that some end early.
+        eos_ids = torch.arange(0, policy.config.get_text_config().vocab_size, 8, device=policy.device)
+        uniforms = torch.rand((4, min(trial.completion_ids.shape[1], 8)), generator=reseed(0, 1))
+        ids, mask, logprobs = generate_completions(policy, *trial[:2], uniforms, 1.0, eos_ids)
+        scored, _ = completion_logprobs(policy, alone(Batch(*trial[:2], ids, mask, logprobs)), 1.0)
+        gap = (scored - logprobs).abs().max().item()
+        if not gap < 1e-3:
+            raise ValueError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats")
+        generate_completions(sampler, *trial[:2], uniforms, 1.0, eos_ids)
+        with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            for model in models:
+                predict_completions(model, alone(trial))
+
+
+@torch.no_grad()
+def can_share_prompt(policy: nn.Module, trial: Batch, args: Args) -> bool:
+    """Whether the update can run a prompt once for all its completions; a model with linear attention cannot."""
+    if not args.share_prompt or args.group_size == 1 or args.gradient_checkpointing:  # it would fill a cache twice
+        return False
+    try:
+        gap = completion_logprobs(policy, trial, 1.0)[0] - completion_logprobs(policy, alone(trial), 1.0)[0]
+        reason = f"its log-probabilities would be off by {gap.abs().max().item():.2g} nats"
+        if gap.abs().max() < 1e-3:
+            return True
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # a model without support can raise anything
+        reason = str(error) or repr(error)
+    say(f"This model cannot share a prompt in the update, so each completion gets its own: {reason}.")
+    return False
+
+
+def choose_dtype(policy: nn.Module, dtype: str) -> str:
+    """Resolve --dtype auto."""
+    on_gpu = policy.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    on_cpu = policy.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
+    auto = "bfloat16" if (on_gpu or on_cpu) and policy.num_parameters() > 10_000_000 else "float32"
+    return auto if dtype == "auto" else dtype
+
+
 # ================================== PLUMBING ====================================
+# Files, models from disk, processes, checkpoints, curves, signals, and one sentence for every mistake of the user.
 
 
 class UserError(Exception):
@@ -650,25 +877,54 @@ def as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason}") from None
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A user error inside, in any process, is one of all processes. The first process says it."""
+    failure = ""
+    try:
+        yield
+    except UserError as error:
+        failure = str(error)
+    failures = [text for text in all_gather_objects(failure) if text]
+    if failures:
+        raise UserError(failures[0])
+
+
 LEARNING_RATES = {"learning_rate": (5e-4, 1e-6), "value_learning_rate": (1e-3, 1e-5)}  # of the tiny model, of others
 LEAST = {  # other numbers are positive
-    "beta": 0, "gamma": 0, "gae_lambda": 0, "entropy_coef": 0, "value_warmup_steps": 0, "seed": 0, "save_every": 0,
-    "eval_every": 0
+    "temperature": 1e-3, "beta": 0, "gamma": 0, "gae_lambda": 0, "entropy_coef": 0, "value_warmup_steps": 0, "seed": 0,
+    "save_every": 0, "eval_every": 0
 }
-MOST = {"clip_eps": 1, "gamma": 1, "gae_lambda": 1}
+MOST = {"num_prompts": 2**20, "group_size": 2**16, "clip_eps": 1, "gamma": 1, "gae_lambda": 1}
+NO_EFFECT = {  # what to say of flags that do nothing together
+    "--adaptive-kl-target needs a --beta above 0 to start from": lambda args: (
+        args.beta == 0 and args.adaptive_kl_target),
+    "--kl-estimator and --kl-placement need a --beta above 0": lambda args: args.beta == 0 and (
+        args.kl_estimator != Args.kl_estimator or args.kl_placement != Args.kl_placement),
+    "--early-stop-kl needs --update-epochs above 1": lambda args: args.early_stop_kl and args.update_epochs == 1,
+    "--penalty-kl-target replaces the clipping: leave --clip-eps and --clip-eps-high out": lambda args: (
+        args.penalty_kl_target and (args.clip_eps != Args.clip_eps or args.clip_eps_high is not None)),
+}
 
 
 def check_args(args: Args) -> Args:
     """Fill in defaults that depend on other arguments, and reject invalid values."""
-    rates = {name: pair[args.model != Args.model] for name, pair in LEARNING_RATES.items()}
-    args = replace(args, **{name: rate for name, rate in rates.items() if getattr(args, name) is None})
-    if args.data != Args.data and args.eval_data == Args.eval_data:
-        args = replace(args, eval_data="")  # that default belongs to the default --data
+    for name, (of_tiny, of_others) in LEARNING_RATES.items():
+        if getattr(args, name) is None:
+            args = replace(args, **{name: of_tiny if Path(args.model).resolve() == TINY else of_others})
+    if args.eval_data is None and Path(args.data).resolve() == TINY / "train.jsonl":
+        args = replace(args, eval_data=str(TINY / "test.jsonl"))
     for name, value in vars(args).items():
-        least, most = LEAST.get(name, math.ulp(0)), MOST.get(name, 2**31)
-        if type(value) in (int, float) and not least <= value <= most:
-            wanted = f"at most {most}" if value > most else f"at least {least}" if name in LEAST else "positive"
-            raise UserError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+        if type(value) not in (int, float):
+            continue
+        flag, least, most = f"--{name.replace('_', '-')}", LEAST.get(name), MOST.get(name, 2**31 - 1)
+        if not (value > 0 if least is None else value >= least):  # NaN, too
+            raise UserError(f"{flag} must be {'positive' if least is None else f'at least {least}'}, got {value}")
+        if value > most:
+            raise UserError(f"{flag} must be at most {most}, got {value}")
+    for sentence, applies in NO_EFFECT.items():
+        if applies(args):
+            raise UserError(sentence)
     name = args.run_name
     if name is not None and (name in ("", "..") or Path(name).name != name or not name.isprintable()):
         raise UserError(f"--run-name must be the name of a folder in runs/, got {name!r}")
@@ -677,52 +933,77 @@ def check_args(args: Args) -> Args:
     return args
 
 
-# ----- Problems: prompts, completions and rewards -----
+# ----- Problems: prompts and texts -----
 
 
-def load_problems(args: Args) -> tuple[PreTrainedTokenizerBase, list[tuple], list[tuple]]:
-    """The tokenizer, the training problems and the held-out problems, each problem as (prompt ids, answer)."""
+@together()
+def load_problems(args: Args, device: torch.device) -> tuple[Tokenizer, Tensor, list, list]:
+    """The tokenizer; every id that ends a completion, (E,); the training and the held-out problems, each as a pair of
+    its prompt's ids and its line."""
     with as_user_error(f"--model {args.model} is neither a model folder nor a reachable hub id"):
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)  # neither run its code, nor ask
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False).get_text_config()
-        limits = config.vocab_size, (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
-    problems = read_problems(args.data, tokenizer, *limits)
+        most_tokens = (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
+        ropes = getattr(config, "rope_parameters", None) or {}
+        for rope in (ropes, *ropes.values()):  # one, or one for each kind of layer
+            if isinstance(rope, dict) and rope.get("rope_type") == "longrope":  # longer rows change all positions
+                most_tokens = min(most_tokens, rope["original_max_position_embeddings"] - args.max_new_tokens)
+        sources, eos_ids = [config, tokenizer], set()
+        with contextlib.suppress(OSError):  # many models have no generation_config.json
+            sources.append(GenerationConfig.from_pretrained(args.model))
+        for ends in (source.eos_token_id for source in sources):
+            eos_ids |= set(ends if isinstance(ends, list) else [ends])
+        eos_ids = sorted(i for i in eos_ids if i is not None and 0 <= i < config.vocab_size)
+    if not eos_ids:
+        raise UserError(f"--model {args.model}: it has no EOS token, so its completions could never end")
+    read = lambda path: read_problems(path, tokenizer, eos_ids, config.vocab_size, most_tokens)
+    problems = read(args.data)
     if args.eval_data:
-        held_out = read_problems(args.eval_data, tokenizer, *limits)
-    else:  # a tenth, drawn at random, always the same
+        held_out = read(args.eval_data)
+    else:  # a tenth of the prompts, drawn at random, always the same
         random.Random(0).shuffle(problems)
-        number = min(256, len(problems) // 10 + 1)
-        problems, held_out = problems[number:], problems[:number]
+        prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in problems))
+        chosen = set(prompts[: min(256, len(prompts) // 10 + 1, len(prompts) - 1)])
+        held_out = [problem for problem in problems if tuple(problem[0]) in chosen] or problems[:1]
+        problems = [problem for problem in problems if tuple(problem[0]) not in chosen]
+    trained = {tuple(prompt) for prompt, _ in problems}
+    if repeated := sum(tuple(prompt) in trained for prompt, _ in held_out):
+        say(f"{repeated} of {len(held_out)} held-out problems have a prompt that is trained on, too")
     if len(problems) < args.num_prompts:
-        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(problems)} training problems")
-    return tokenizer, problems, held_out
+        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(problems)} training problems, "
+                        f"{len(held_out)} being held out")
+    return tokenizer, torch.tensor(eos_ids, device=device), problems, held_out
 
 
-def read_problems(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, most_tokens: float) -> list[tuple]:
-    """JSON lines as (prompt ids, answer); `read_problem` says what a line must hold."""
+def read_problems(path: str, tokenizer: Tokenizer, eos_ids: list, vocab_size: int, most: float) -> list:
+    """JSON lines as pairs of prompt ids and line; `read_prompt` says what a line must hold."""
     problems = []
     with as_user_error(f"cannot read {path}"):
         lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         with as_user_error(f"{path}, line {number}"):
-            if line.strip():
-                prompt, answer = read_problem(json.loads(line.decode("utf-8-sig")))
-                ids = encode_prompt(tokenizer, prompt)
-                if not 0 < len(ids) <= most_tokens:
-                    raise ValueError(f"it has {len(ids)} tokens; 1 to {most_tokens} fit beside --max-new-tokens")
-                if max(ids) >= vocab_size:
-                    raise ValueError(f"the tokenizer has token {max(ids)}, the model only {vocab_size} tokens")
-                problems.append((ids, answer))
+            if not line.strip():
+                continue
+            problem = json.loads(line.decode("utf-8-sig"))
+            ids = encode_prompt(tokenizer, read_prompt(problem), eos_ids)
+            if not 0 < len(ids) <= most:
+                raise ValueError(f"it has {len(ids)} tokens; 1 to {most} fit beside --max-new-tokens")
+            if max(ids) >= vocab_size:
+                raise ValueError(f"the tokenizer has token {max(ids)}, the model only {vocab_size} tokens")
+            problems.append((ids, problem))
     if not problems:
         raise UserError(f"{path} is empty: it must hold one JSON object per line")
     return problems
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], eos_ids: list[int]) -> list[int]:
     """Encode a prompt. If there is a chat template, it adds the BOS token, and a last message of the assistant is
     continued. Special tokens in the text of a problem are encoded as plain text."""
     if isinstance(prompt, str) and tokenizer.chat_template is None:
-        return tokenizer(prompt, split_special_tokens=True).input_ids
+        ids = tokenizer(prompt, split_special_tokens=True).input_ids
+        while ids and ids[-1] in eos_ids:  # some tokenizers add an end, after which a model has nothing to say
+            ids.pop()
+        return ids
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     is_message = lambda x: isinstance(x, dict) and isinstance(x.get("role"), str) and isinstance(x.get("content"), str)
     if not (isinstance(chat, list) and chat and all(map(is_message, chat))):
@@ -732,14 +1013,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
                                          return_dict=False, sanitize_control_tokens=True)
 
 
-def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
-    """The problems of a step: every epoch has a new random order and drops its remainder. They follow from
-    (seed, step), so a resumed run neither skips nor repeats one."""
-    epoch, place = divmod(step, len(problems) // num_prompts)
-    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-    return [problems[i] for i in order[place * num_prompts : (place + 1) * num_prompts]]
-
-
 def pad_prompts(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """prompt_ids and prompt_mask, (B, P), left-padded. The mask is by length, so pad may be any id."""
     ids = [torch.tensor(ids) for ids in prompts]
@@ -747,243 +1020,56 @@ def pad_prompts(prompts: list[list[int]], device: torch.device) -> tuple[Tensor,
     return tuple(pad_sequence(x, batch_first=True, padding_side="left").to(device) for x in (ids, masks))
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
-    """The completions, (N, T), as texts. Special tokens are left out: `reward` does not see them."""
-    rows = zip(completion_ids.tolist(), completion_mask.sum(1).tolist(), strict=True)
-    return tokenizer.batch_decode([ids[:length] for ids, length in rows], skip_special_tokens=True)
-
-
-def compute_rewards(completions: list[str], answers: list, run: "Run") -> Tensor:
-    """The rewards of N completions, (N,). If `reward`, the user's own code, fails, the run is saved and the traceback
-    shown."""
-    rewards, failure = [], None
-    try:
-        for completion, answer in zip(completions, answers, strict=True):
-            rewards.append(float(reward(completion, answer)))
-            if not math.isfinite(rewards[-1]):
-                raise ValueError(f"reward returned {rewards[-1]} for the completion {completion!r} to {answer!r}")
-    except Exception as error:
-        failure = error
-    if all_sum(torch.tensor(float(failure is not None), device=run.device)):
-        run.save()
-        raise failure or UserError("the reward failed in another process")
-    return torch.tensor(rewards, device=run.device)
-
-
-@torch.no_grad()
-def evaluate(run: "Run", sampler: nn.Module, problems: list, eos_ids: Tensor) -> dict[str, float]:
-    """Mean reward on the held-out problems, greedy and sampled, and the mean length of the sampled completions. All
-    completions are appended to completions.jsonl."""
-    args, own, metrics = run.args, share(problems), {}
-    size = args.num_prompts * args.group_size
-    generator = torch.Generator().manual_seed(0)
-    uniforms = share(torch.rand((len(problems), args.max_new_tokens), dtype=torch.float64, generator=generator))
-    for kind, name, temperature in (("greedy", "eval/accuracy", 0.0), ("sampled", "eval/sampled", args.temperature)):
-        completions, num_tokens = [], torch.zeros((), device=run.device)
-        for i in range(0, len(own), size):
-            prompts = pad_prompts([ids for ids, _ in own[i : i + size]], run.device)
-            ids, mask, _ = generate_completions(sampler, *prompts, uniforms[i : i + size], temperature, eos_ids)
-            completions += decode(run.tokenizer, ids, mask)
-            num_tokens += mask.sum()
-        rewards = compute_rewards(completions, [answer for _, answer in own], run)          # (problems,)
-        totals = all_sum(torch.stack([rewards.sum(), num_tokens])) / len(problems)
-        metrics[name], metrics["eval/length"] = totals.tolist()
-        rows = [
-            {"step": run.step, "kind": kind, "prompt": run.tokenizer.decode(ids), "completion": text, "answer": answer,
-             "reward": r} for (ids, answer), text, r in zip(own, completions, rewards.tolist(), strict=True)
-        ]
-        rows = [*chain(*all_gather_objects(rows))]
-        if world()[0] == 0:
-            with contextlib.suppress(OSError), (run.folder / "completions.jsonl").open("a") as file:
-                file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
-        say("    {kind}, reward {reward:.2f}: {prompt}{completion}".format_map(rows[0])[-150:].replace("\n", " "))
-    shown = "held-out accuracy {eval/accuracy:.3f} greedy, {eval/sampled:.3f} sampled, {eval/length:.1f} tokens"
-    say(f"step {run.step}: {shown.format_map(metrics)}")
-    return metrics
-
-
-# ----- Cutting the batch into minibatches and micro-batches; the optimizer step -----
-
-
-@torch.no_grad()
-def can_share_prompt(policy: nn.Module, problems: list, args: Args) -> bool:
-    """Whether the update can run a prompt once for all its completions; a model with linear attention cannot. Tried in
-    float32, on two prompts of random tokens with two completions each. A model that looks ahead, or that samples
-    differently from how it scores, is a user error."""
-    vocab_size, device, generator = policy.config.get_text_config().vocab_size, policy.device, seed_step(0, 0)
-    with as_user_error(f"--model {args.model} cannot be trained here"):
-        longest = max(len(ids) for ids, _ in problems)
-        width = max(2, min(args.max_new_tokens, max_logits(device) // vocab_size // 4))
-        ids = torch.randint(vocab_size, (4, longest + width), generator=generator)
-        prompts = pad_prompts([ids[0, :longest].tolist(), ids[1, : longest // 4 + 1].tolist()], device)
-        mask = (torch.arange(width) < torch.tensor([[width], [width // 2], [1], [width]])).to(device)  # (4, width)
-        ids[:, longest] = ids[0, longest]  # all begin alike, so two to one prompt agree on the first log-probability
-        batch = Batch(*prompts, ids[:, longest:].to(device), mask, mask.float())
-        alone, _ = completion_logprobs(policy, batch.unshared(), 1.0)                       # (4, width)
-        if not (alone[::2, 0] - alone[1::2, 0]).abs().max() < 1e-3:
-            raise ValueError("its predictions depend on later tokens, so it is no causal language model")
-        eos_ids = torch.arange(0, vocab_size, 8, device=device)  # so many that some completions end early
-        uniforms = torch.rand((4, min(width, 8)), generator=generator)
-        sampled = generate_completions(policy, *prompts, uniforms, 1.0, eos_ids)
-        scored, _ = completion_logprobs(policy, Batch(*prompts, *sampled).unshared(), 1.0)
-        if not (gap := (scored - sampled[2]).abs().max().item()) < 1e-3:
-            raise ValueError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats")
-    if not args.share_prompt or args.group_size == 1 or args.gradient_checkpointing:  # it would fill a cache twice
-        return False
-    try:
-        gap = (completion_logprobs(policy, batch, 1.0)[0] - alone).abs().max().item()
-        reason = f"its log-probabilities would be off by {gap:.2g} nats"
-        if gap < 1e-3:
-            return True
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except Exception as error:  # a model without support can raise anything
-        reason = str(error) or repr(error)
-    say(f"This model cannot share a prompt in the update, so each completion gets its own: {reason}.")
-    return False
-
-
-def max_logits(device: torch.device) -> int:
-    """Most logits in one pass of the update: in float32, 256 MB on a CPU and a 24th of the memory of a GPU."""
-    return torch.cuda.get_device_properties(device).total_memory // 96 if device.type == "cuda" else 2**26
-
-
-def split_batch(batch: Batch, has_signal: Tensor, vocab_size: int, args: Args) -> list[tuple[Tensor, ...]]:
-    """Cut the batch into minibatches, one optimizer update each, and this process's groups of each into micro-batches:
-    whole groups, or equal parts of one. Groups without a signal add nothing to the gradient and are left out, but all
-    processes keep the same number of groups and passes. Returns indices of completions."""
-    (rank, processes), minibatches, device = world(), [], batch.prompt_ids.device
-    prompts, lengths = batch.prompt_mask.sum(1).cpu(), batch.completion_mask.sum(1).cpu()   # (B,); (N,)
-    groups = torch.arange(len(lengths)).view(len(prompts), -1)                              # (B, G), of completions
-    G = groups.shape[1]
-    groups = groups.gather(1, lengths[groups].argsort(dim=1, stable=True))                  # by length
-    has_signal = has_signal.cpu().repeat_interleave(len(prompts) // len(has_signal))        # (B,)
-    for chosen in torch.arange(len(prompts)).chunk(args.num_minibatches):
-        kept = math.ceil(int(has_signal[chosen].sum()) / processes) * processes
-        chosen = chosen[has_signal[chosen].byte().argsort(descending=True, stable=True)][:kept]
-        chosen = chosen[(prompts[chosen] + lengths[groups[chosen]].sum(1)).argsort(descending=True, stable=True)]
-        P, T = (int(x.max()) if kept else 0 for x in (prompts[chosen], lengths[groups[chosen]]))
-        # A copy of the keys and values of a prompt takes about an eighth of the memory of its activations.
-        fits = [n for n in range(2, kept * G + 1) if (n % G == 0 or G % n == 0) and n * T * vocab_size
-                <= max_logits(device) and n * T + math.ceil(n / G) * P + n * P / 8 <= args.micro_batch_tokens]
-        index = groups[chosen[rank::processes]].flatten().to(device)
-        minibatches.append(index.split(max(fits, default=1)) if kept else ())
-    return minibatches
-
-
-def score_batch(score: Callable, model: nn.Module, batch: Batch, minibatches: list, *options: object) -> Tensor:
-    """`completion_logprobs` or `completion_values` of the whole batch, (N, T), 0 where no micro-batch is; on the
-    micro-batches of the update, so that they are the same numbers."""
-    result = torch.zeros(batch.completion_ids.shape, device=batch.prompt_ids.device)
-    for index in chain(*minibatches):
-        output = score(model, batch.rows(index), *options)
-        output = output[0] if isinstance(output, tuple) else output  # not the entropy
-        result[index, : output.shape[1]] = output
-    return all_sum(result)
-
-
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-    """Clip the gradient by its global norm, step, and return the norm before clipping. No step if it is not finite."""
-    grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
-    if grad_norm.isfinite():
-        optimizer.step()
-    optimizer.zero_grad()
-    return grad_norm
-
-
-class Metrics:
-    """Means over the tokens and the updates of a step, collected on the device."""
-
-    def __init__(self):
-        self.sums, self.counts, self.losses, self.ratios, self.grad_norms = {}, {}, [], [], []
-
-    def add(self, mask: Tensor, loss: Tensor, **per_token: Tensor) -> None:
-        """The loss of one micro-batch, and values of its tokens, (N', T)."""
-        self.losses.append(loss.detach())
-        self.ratios += [per_token.pop("ratio").where(mask, 0.0).max()] if "ratio" in per_token else []
-        for name, value in per_token.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().where(mask, 0.0).sum()
-            self.counts[name] = self.counts.get(name, 0) + mask.sum()
-
-    def mean(self, name: str) -> float:
-        """Over the tokens of all processes."""
-        total, count = all_sum(torch.stack([self.sums[name], self.counts[name]])).tolist()
-        return total / max(count, 1)
-
-    def means(self, prefix: str) -> dict[str, float]:
-        """All of them, under the names that TensorBoard shows."""
-        means, finite = {name: self.mean(name) for name in self.sums}, [x for x in self.grad_norms if x.isfinite()]
-        means["loss"] = all_sum(sum(self.losses)) / len(self.grad_norms) if self.losses else 0.0
-        means["grad_norm"] = sum(finite) / max(1, len(finite))
-        means["skipped"] = len(self.grad_norms) - len(finite)
-        if self.ratios:
-            means["ratio_max"] = all_gather(torch.stack(self.ratios)[None])[0].max()
-        return {f"{prefix}/{name}": value for name, value in means.items()}
+def decode(
+    tokenizer: Tokenizer, completion_ids: Tensor, completion_mask: Tensor, eos_ids: Tensor
+) -> list[str]:
+    """The completions, (N, T), as texts, without the EOS token and special tokens: `reward` does not see them."""
+    lengths = (completion_mask & ~torch.isin(completion_ids, eos_ids)).sum(1).tolist()
+    texts = [ids[:length] for ids, length in zip(completion_ids.tolist(), lengths, strict=True)]
+    return tokenizer.batch_decode(texts, skip_special_tokens=True)
 
 
 # ----- Models -----
 
 
-def load_policy(model: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """The policy in float32 without dropout, and every id that ends a completion."""
+@together()
+def load_policy(model: str, device: torch.device) -> nn.Module:
+    """The policy in float32, without dropout."""
     with as_user_error(f"--model {model} cannot be loaded"):
         options = dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
         policy, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+        if type(policy.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError("it is a part of another model: alone, it could not be loaded after training")
+        for config in (policy.config, policy.config.get_text_config()):  # options that change what forward returns
+            for name in ("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"):
+                if hasattr(config, name):
+                    setattr(config, name, name == "return_dict")
         lacking = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]  # would be random
         if lacking:
             raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
         if any(parameter.dtype != torch.float32 for parameter in policy.parameters()):
             raise ValueError("its weights are quantised; to train, they must be floating-point numbers")
-        configs = policy.generation_config, policy.config.get_text_config(), tokenizer
-        ends = [end if isinstance(end, list) else [end] for end in (config.eos_token_id for config in configs)]
-        eos_ids = torch.tensor(sorted({i for end in ends for i in end if i is not None}), device=device)
-        if not len(eos_ids):
-            raise ValueError("it has no EOS token, so its completions could never end")
-        return policy.to(device).eval(), eos_ids
+        return policy.to(device).eval()
 
 
-def choose_dtype(policy: nn.Module, dtype: str) -> str:
-    """Resolve --dtype auto."""
-    device = policy.device.type
-    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    fast = native or (device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
-    auto = "bfloat16" if fast and policy.num_parameters() > 10_000_000 else "float32"
-    return auto if dtype == "auto" else dtype
+def shard(model: nn.Module, gradient_checkpointing: bool) -> None:
+    """Wrap the layers of a model for gradient checkpointing, and shard its weights over the processes (FSDP2)."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-def make_sampler(policy: nn.Module, dtype: str) -> nn.Module:
-    """The model that samples: the policy itself, or a whole copy in the dtype of the computation."""
-    if dtype == "float32" and not dist.is_initialized():
-        return policy
-    sampler = copy.deepcopy(policy).requires_grad_(False)
-    for parameter in sampler.parameters():  # and no buffer: rounded rotary frequencies drift with the position
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    return sampler
-
-
-def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache: StaticCache) -> Callable:
-    """A step of sampling as a CUDA graph: a function of the last tokens, (N',), that returns the logits, (N', V). Every
-    call reads and writes the same memory: the tokens, the positions, the cache, the logits."""
-    tokens, graph = torch.zeros_like(position_ids), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        logits = policy(tokens, attention_mask=visible, position_ids=position_ids, past_key_values=cache,
-                        use_cache=True).logits[:, -1]
-
-    def step(new_tokens: Tensor) -> Tensor:
-        """Put the tokens, (N',), where the recording reads them, and replay it at the next position."""
-        tokens.copy_(new_tokens[:, None])
-        graph.replay()
-        position_ids.add_(1)
-        return logits
-
-    return step
-
-
-@torch.no_grad()
-def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
-    """Copy the policy's weights to the sampler."""
-    for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
-        copied.copy_(full_tensor(current))  # does nothing where the policy itself samples
+    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+    device, trained = next(model.parameters()).device, next(model.parameters()).requires_grad
+    if gradient_checkpointing and trained:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if dist.is_initialized():
+        mesh = dist.init_device_mesh(device.type, (world()[1],))  # by default it is that of the GPUs
+        are_nested = any(inner is not layer and inner in layers for layer in layers for inner in layer.modules())
+        for module in [*([] if are_nested else layers), model]:
+            fully_shard(module, mesh=mesh)
+            module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
+            module.set_force_sum_reduction_for_comms(True)
 
 
 # ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the prompts -----
@@ -996,12 +1082,18 @@ def start(args: Args) -> torch.device:
     if device.type not in ("cpu", accelerator.type):
         raise UserError(f"--device {args.device}: not available on this machine")
     started_by_torchrun = "MASTER_ADDR" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
-    if started_by_torchrun and not dist.is_initialized():
+    if started_by_torchrun:
         with as_user_error("cannot join the other processes, which torchrun starts"):
             if device.type == "cuda":
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+            if not dist.is_initialized():
+                number, host, port = (os.environ.get(x) for x in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+                if os.environ.get("RANK") == "0":
+                    say(f"waiting for {number} processes at {host}:{port}")
+                store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
     parts = world()[1] * args.num_minibatches
     if args.num_prompts % parts:
         raise UserError(f"--num-prompts {args.num_prompts} must be a multiple of {parts}, "
@@ -1018,10 +1110,16 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(rows):
-    """This process's part of a tensor or a list."""
+def own_part(rows):
+    """This process's part of a tensor or a list, such as the prompts of a step."""
     rank, processes = world()
     return rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
+
+
+def agree(facts: dict) -> None:
+    """Refuse processes that hold different things, such as two hosts with other files of one name."""
+    if different := {name for other in all_gather_objects(facts) for name in facts if other[name] != facts[name]}:
+        raise UserError(f"the processes do not agree on: {', '.join(sorted(different))}")
 
 
 def all_gather_objects(x: object) -> list:
@@ -1032,19 +1130,19 @@ def all_gather_objects(x: object) -> list:
     return objects
 
 
-def all_gather(*columns: Tensor) -> tuple[Tensor, ...]:
-    """The rows of all processes together, padded to one width in the last dimension."""
+def all_gather(x: Tensor) -> Tensor:
+    """The rows of all processes together, (N,) or (N, T), padded to the longest T."""
     if not dist.is_initialized():
-        return columns
-    parts = all_gather_objects([x.cpu() for x in columns])
-    width = max(x.shape[-1] for part in parts for x in part)
-    padded = ([nn.functional.pad(x, (0, width - x.shape[-1])) for x in column] for column in zip(*parts, strict=True))
-    return tuple(torch.cat(column).to(columns[0].device) for column in padded)
+        return x
+    parts = all_gather_objects(x.cpu())
+    width = max(part.shape[-1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]).to(x.device)
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place."""
+    """The sum of a tensor over all processes."""
     if dist.is_initialized():
+        x = x.clone()
         dist.all_reduce(x)
     return x
 
@@ -1054,102 +1152,212 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def shard(model: nn.Module | None, gradient_checkpointing: bool = False) -> None:
-    """Wrap the layers of a model for gradient checkpointing, and shard its weights over the processes (FSDP2)."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.utils.checkpoint import checkpoint
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)] if model else []
-    for layer in layers if gradient_checkpointing else []:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    if model and dist.is_initialized():
-        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world()[1],))  # by default it is the GPUs
-        for module in [*layers, model]:
-            fully_shard(module, mesh=mesh)
-            module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
-            module.set_force_sum_reduction_for_comms(True)
+# ----- The run: evaluation, checkpoints, curves, what is printed, signals -----
 
 
-# ----- The run: checkpoints, curves, what is printed, signals -----
+def printable(text: str) -> str:
+    """With control characters escaped, which a terminal would obey."""
+    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
 
 
 def say(text: str) -> None:
     """Print a line above the progress bar, in the first process only. An output that fails does not end the run."""
     if world()[0] == 0:
         with contextlib.suppress(OSError):
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
 
 
-def seed_step(seed: int, step: int) -> torch.Generator:
-    """Every random number of a step follows from (seed, step), so a checkpoint holds no random state."""
+def reseed(seed: int, step: int) -> torch.Generator:
+    """Seed Python's and torch's random numbers anew for a step, so that a checkpoint holds no random state. Returns
+    torch's generator."""
     random.seed(f"{seed} {step}")
     return torch.manual_seed(seed * 1_000_003 + step)
+
+
+class Metrics:
+    """Means over the tokens and the updates of a step, kept on the device until the step ends."""
+
+    def __init__(self):
+        self.totals, self.losses, self.ratios, self.grad_norms = {}, [], [], []
+
+    def add(self, mask: Tensor, loss: Tensor, ratio: Tensor | None = None, **per_token: Tensor) -> None:
+        """The loss of one micro-batch, and values of its tokens, (N', T)."""
+        self.losses.append(loss.detach())
+        if ratio is not None:
+            self.ratios.append(ratio.where(mask, 0.0).max())
+        for name, x in per_token.items():
+            total = torch.stack([x.detach().where(mask, 0.0).sum(), mask.sum()])            # (2,), sum and count
+            self.totals[name] = self.totals.get(name, 0) + total
+
+    def mean(self, name: str) -> float:
+        """Over the tokens of all processes."""
+        total, count = all_sum(self.totals[name]).tolist()
+        return total / max(count, 1)
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """All of them, under the names that TensorBoard shows; none if nothing was added."""
+        if not self.grad_norms:
+            return {}
+        finite = [x for x in self.grad_norms if x.isfinite()]
+        means = {name: self.mean(name) for name in self.totals}
+        means["loss"] = all_sum(sum(self.losses)) / len(self.grad_norms)
+        means["grad_norm"] = sum(finite) / max(1, len(finite))
+        means["skipped"] = len(self.grad_norms) - len(finite)
+        if self.ratios:
+            means["ratio_max"] = max(all_gather_objects(max(self.ratios).item()))
+        return {f"{prefix}/{name}": value for name, value in means.items()}
 
 
 class Run:
     """What a run keeps in runs/RUN_NAME/ (curves, completions.jsonl, checkpoint.pt, policy/) and what it prints."""
 
-    FREE = ("num_steps", "share_prompt", "micro_batch_tokens", "gradient_checkpointing", "device", "run_name", "resume",
-            "save_every", "eval_every")  # these arguments may change when a run is resumed
+    FREE = ("model", "data", "eval_data", "num_steps", "share_prompt", "micro_batch_tokens", "gradient_checkpointing",
+            "device", "run_name", "resume", "save_every", "eval_every")  # may change when a run is resumed
 
-    def __init__(self, args: Args, tokenizer: PreTrainedTokenizerBase, problems: tuple, models: dict, betas: dict):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.args, self.tokenizer, self.betas, self.script = args, tokenizer, betas, Path(__file__).stem
+    def __init__(
+        self, args: Args, tokenizer: Tokenizer, eos_ids: Tensor, problems: list, held_out: list,
+        sampler: nn.Module, models: dict, betas: dict, stop: threading.Event | None,
+    ):
+        self.args, self.tokenizer, self.eos_ids, self.held_out = args, tokenizer, eos_ids, held_out
         self.models = {name: pair for name, pair in models.items() if pair[0]}  # name: (model, its optimizer or None)
-        self.policy, self.step, self.writer = models["policy"][0], 0, None
-        self.device = self.policy.device
+        self.policy, self.sampler, self.betas = models["policy"][0], sampler, betas
+        self.stop = stop or threading.Event()
+        self.script, self.device, self.step, self.writer, self.times = Path(__file__).stem, eos_ids.device, 0, None, {}
         flags = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in self.FREE}
-        problems = hashlib.sha256(json.dumps(problems, default=str).encode()).hexdigest()
-        self.fixed = {"script": self.script, **flags, "hash of the problems": problems}
+        contents = {"problems": problems, "held-out problems": held_out, "model": self.policy}
+        hashes = {f"hash of the {name}": fingerprint(content) for name, content in contents.items()}
+        self.fixed = {"script": self.script, **flags, **hashes}  # what a resumed run must have, too
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        self.folder = Path("runs", args.run_name or f"{self.script}-{Path(args.model).name}-seed{args.seed}-{now}")
-        path = self.folder / "checkpoint.pt" if args.resume == "auto" else Path(args.resume or "")
-        if args.resume is not None and (os.path.exists(path) or args.resume != "auto"):
-            self.load(path)
-        if world()[0] == 0:
-            with as_user_error(f"cannot write the run to {self.folder} (to resume a run: --resume auto)"):
-                self.folder.mkdir(parents=True, exist_ok=args.resume == "auto")
-                self.lock()
-                self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
-                self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(args).items()))
+        name = args.run_name or f"{self.script}-{Path(args.model).resolve().name}-seed{args.seed}-{now}"
+        self.folder = Path("runs", all_gather_objects(name)[0])
+        path = self.folder / "checkpoint.pt" if args.resume == "auto" else args.resume
+        if path is not None and (args.resume != "auto" or os.path.exists(path)):  # else it starts from the beginning
+            self.load(Path(path))
+        agree({**vars(args), **hashes, "step of the checkpoint": self.step})
+        self.open_folder()
         size = sum(parameter.numel() for parameter in self.policy.parameters()) / 1e6
         say(f"{self.script}: {size:.1f} M parameters in {args.dtype} on {self.device.type}, step {self.step} of "
             f"{args.num_steps}, in {self.folder}")
         # The steps to train, and at the end --num-steps itself, for the last evaluation and save.
-        self.steps = tqdm(range(self.step, args.num_steps + 1), self.script, args.num_steps, initial=self.step,
-                          unit="step", disable=True if world()[0] else None)
+        self.bar = tqdm(range(self.step, args.num_steps + 1), self.script, args.num_steps, initial=self.step,
+                        unit="step", disable=True if world()[0] else None)
 
-    def lock(self) -> None:
-        """Keep other processes out of the folder until this run ends, even by a kill."""
-        file = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
-        weakref.finalize(self, os.close, file)
+    @together()
+    def open_folder(self) -> None:
+        """In the first process: make the folder, keep others out, and drop what was written after the checkpoint."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if world()[0]:
+            return
+        with as_user_error(f"cannot write the run to {self.folder} (to resume a run: --resume auto)"):
+            self.folder.mkdir(parents=True, exist_ok=self.args.resume == "auto")
+            weakref.finalize(self, os.close, lock(self.folder / "lock"))
+            self.writer = SummaryWriter(str(self.folder.absolute()), purge_step=self.step)
+            self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(self.args).items()))
+            if (path := self.folder / "completions.jsonl").exists():
+                lines = path.read_text().splitlines(keepends=True)
+                kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < self.step]
+                path.with_suffix(".aside").write_text("".join(kept))
+                path.with_suffix(".aside").replace(path)
+
+    def evaluate_and_save(self, step: int) -> bool:
+        """Before the update of a step, evaluate and save, each if it is due. True if the run ends here."""
+        self.step, args = step, self.args
+        last = step == args.num_steps or bool(all_sum(torch.tensor(self.stop.is_set(), device=self.device).float()))
+        if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
+            self.evaluate()
+        if last or (args.save_every and step % args.save_every == 0):
+            self.save(last)
+        self.lap()
+        return last
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Mean reward on the held-out problems, greedy and sampled, and the mean length of the sampled completions. All
+        completions are appended to completions.jsonl."""
+        args, own, metrics = self.args, own_part(self.held_out), {}
+        refresh_sampler(self.sampler, self.policy)
+        size = args.num_prompts * args.group_size
+        shape, generator = (len(self.held_out), args.max_new_tokens), torch.Generator().manual_seed(0)
+        uniforms = own_part(torch.rand(shape, dtype=torch.float64, generator=generator))
+        for kind, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
+            texts, num_tokens = [], torch.zeros((), device=self.device)
+            for i in range(0, len(own), size):
+                prompts = pad_prompts([prompt for prompt, _ in own[i : i + size]], self.device)
+                ids, mask, _ = generate_completions(
+                    self.sampler, *prompts, uniforms[i : i + size], temperature, self.eos_ids
+                )
+                texts += decode(self.tokenizer, ids, mask, self.eos_ids)
+                num_tokens += mask.sum()
+            rewards = self.guard(compute_rewards, texts, [problem for _, problem in own])   # (problems,)
+            totals = all_sum(torch.stack([rewards.sum(), num_tokens])) / len(self.held_out)
+            metrics[f"eval/{kind}"], metrics["eval/length"] = totals.tolist()
+            self.keep_completions(kind, own, texts, rewards.tolist())
+        shown = "held-out reward {eval/greedy:.3f} greedy, {eval/sampled:.3f} sampled, {eval/length:.1f} tokens"
+        say(f"step {self.step}: {shown.format_map(metrics)}")
+        self.log(metrics)
+
+    def keep_completions(self, kind: str, problems: list, texts: list[str], rewards: list[float]) -> None:
+        """Append evaluated completions of all processes to completions.jsonl, and print the first."""
+        lines = []
+        for (prompt, problem), text, r in zip(problems, texts, rewards, strict=True):
+            prompt = self.tokenizer.decode(prompt)
+            lines.append(dict(step=self.step, kind=kind, prompt=prompt, completion=text, reward=r, problem=problem))
+        lines = [line for part in all_gather_objects(lines) for line in part]
+        if world()[0] == 0:
+            with contextlib.suppress(OSError), (self.folder / "completions.jsonl").open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        text = (lines[0]["prompt"] + lines[0]["completion"]).replace("\n", " ")
+        text = text if len(text) <= 150 else f"{text[:60]} ... {text[-85:]}"
+        say(f"    {kind}, reward {lines[0]['reward']:.2f}: {text}")
+
+    def guard(self, function: Callable, completions: list[str], problems: list[dict]) -> Tensor:
+        """Call `compute_rewards`, which is the user's own code; returns its rewards, (N,), in float32. If it fails, in
+        any process, the run is saved before the traceback is shown."""
+        failure, rewards, here = None, [], os.getcwd()
         try:
-            import fcntl
+            rewards = [float(x) for x in function(completions, problems)]
+            if len(rewards) != len(completions):
+                raise ValueError(f"compute_rewards returned {len(rewards)} rewards for {len(completions)} completions")
+            for x, completion, problem in zip(rewards, completions, problems, strict=True):
+                if not abs(x) < 1e15:  # the square of more, summed, is not finite in float32
+                    raise ValueError(f"the reward is {x}, not a number below 1e15, for {completion!r} to {problem}")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, too: code that is run may call for an exit
+            failure = error
+        os.chdir(here)
+        if all_sum(torch.tensor(float(failure is not None), device=self.device)):
+            self.save()
+            if failure and not isinstance(failure, Exception):
+                raise RuntimeError("compute_rewards ended the program") from failure
+            raise failure or UserError("the reward failed in another process")
+        return torch.tensor(rewards, device=self.device)                                    # (N,)
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another process is training in it") from None
-        except (ImportError, OSError):  # Windows and some network disks have no such locks
-            pass
-
-    def clock(self) -> float:
-        """The time in seconds, once the device has done its work."""
+    def lap(self, name: str = "") -> None:
+        """Note the seconds since the last lap under this name, once the device has done its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        return time.perf_counter()
+        now = time.perf_counter()
+        if name:
+            self.times[name] = now - self.lap_started
+        self.lap_started = now
 
-    def log(self, metrics: dict[str, Tensor | float]) -> None:
-        """Add a point to every curve. Point s is measured after s steps of training."""
-        metrics = {name: float(value) for name, value in metrics.items()}
-        if "time/sample" in metrics:  # else it is an evaluation
-            tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
-            metrics["time/tokens_per_second"] = tokens / (metrics["time/sample"] + metrics["time/update"])
-            self.steps.set_postfix_str("reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
-                                       "{time/tokens_per_second:.0f} tokens/s".format_map(metrics))
+    def log_step(self, metrics: dict[str, Tensor | float]) -> None:
+        """The curves of a step of training, with its times, and what the progress bar shows of them."""
+        self.lap("time/update")
+        metrics = {name: float(value) for name, value in (self.times | metrics).items()}
+        tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
+        metrics["time/tokens_per_second"] = tokens / sum(self.times.values())
+        shown = "reward {reward/mean:.2f}, length {completion/length:.1f}, {time/tokens_per_second:.0f} tokens/s"
+        kl = f", KL {metrics['policy/kl']:.3f}" if "policy/kl" in metrics else ""
+        self.bar.set_postfix_str(shown.format_map(metrics) + kl)
         if metrics.get("policy/skipped") or metrics.get("value/skipped"):
             say(f"step {self.step}: the gradient was not finite, so its update was skipped")
+        self.log(metrics)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Add a point to every curve. Point s is measured after s steps of training."""
         try:
             for name, value in metrics.items() if self.writer else ():
                 self.writer.add_scalar(name, value, self.step)
@@ -1159,6 +1367,7 @@ class Run:
             self.writer = None
             say(f"the curves end here, the run goes on: {error}")
 
+    @together()
     def save(self, last: bool = False) -> None:
         """Write checkpoint.pt, to resume from, and policy/, in Hugging Face format, which no resume reads. A checkpoint
         is written beside, flushed and then renamed: a kill at any moment leaves a whole one."""
@@ -1179,13 +1388,15 @@ class Run:
                 aside.replace(self.folder / "checkpoint.pt")
                 self.policy.save_pretrained(self.folder / "policy", state_dict=content["policy"][0])
                 self.tokenizer.save_pretrained(self.folder / "policy")
-        except (OSError, RuntimeError) as error:  # a full disk can be either
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # a full disk can be anything
             aside.unlink(missing_ok=True)  # half of a file would only fill the disk
             if last:
                 raise UserError(f"{self.folder} could not be saved: {error}") from None
             say(f"{self.folder} could not be saved: {error}")
-        all_sum(torch.zeros((), device=self.device))  # the others wait for the one that writes
 
+    @together()
     def load(self, path: Path) -> None:
         """Restore a checkpoint that any number of processes wrote, if the arguments that must not change have not."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
@@ -1198,6 +1409,8 @@ class Run:
             pairs = {name: (saved["fixed"].get(name), now) for name, now in self.fixed.items()}
             if changed := [f"{name} was {old}, is {now}" for name, (old, now) in pairs.items() if old != now]:
                 raise ValueError(f"it belongs to a run with other arguments: {', '.join(changed)}")
+            if saved["step"] > self.args.num_steps:
+                raise ValueError(f"it is at step {saved['step']}, beyond --num-steps {self.args.num_steps}")
             # Not strict: parameters that never had a gradient have no state.
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
             for name, (model, optimizer) in self.models.items():
@@ -1218,29 +1431,54 @@ class Run:
         return self.folder / "policy"
 
 
-def main(args: Args) -> int:
-    """Train, and print a user error as one sentence. The first SIGINT or SIGTERM ends the run after the current step,
-    the second one at once. Returns the exit code."""
-    stop, handlers, code = threading.Event(), {}, 0
+def lock(path: Path) -> int:
+    """Keep other processes out for as long as the file that is returned is open: until the process ends, at most."""
+    file = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        import fcntl
 
-    def ask(number: int, _: object) -> None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError("another process is training in it") from None
+    except (ImportError, OSError):  # Windows and some network disks have no such locks
+        pass
+    return file
+
+
+def fingerprint(content: nn.Module | list) -> str:
+    """A hash of the problems' lines, or of the names, shapes and bits of a model's weights: contents, never paths."""
+    if isinstance(content, nn.Module):
+        weights = [(name, full_tensor(x.detach())) for name, x in content.named_parameters()]
+        facts = [(name, [*x.shape], x.view(torch.int32).sum(dtype=torch.int64).item()) for name, x in weights]
+    else:
+        facts = [problem for _, problem in content]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def main(args: Args) -> int:
+    """Train as a program. The first SIGINT or SIGTERM ends the run after the current step, the second one at once. A
+    user error is printed as one sentence. Returns the exit code."""
+    stop, code = threading.Event(), 0
+
+    def ask(*_: object) -> None:
         """Handle the first signal; later ones act as if there were no handler."""
         stop.set()
-        for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        more = "; torchrun kills after its --shutdown-timeout, 30 s" if "TORCHELASTIC_RUN_ID" in os.environ else ""
         with contextlib.suppress(OSError):  # not by print, which may be at work
-            os.write(2, b"\nfinishing this step, then saving; a second signal exits at once\n")
+            os.write(2, f"\nfinishing this step, then saving; a second signal exits at once{more}\n".encode())
 
     try:
-        if threading.current_thread() is threading.main_thread():
-            handlers |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other processes, too
+        start(check_args(args))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
         train(args, stop)
     except UserError as error:
-        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        if world()[0] == 0:
+            print(f"{Path(__file__).name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         code = 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if dist.is_initialized():
         if not code or dist.get_backend() != "nccl":  # otherwise it would wait for processes that wait for this one
             dist.destroy_process_group()

@@ -25,7 +25,7 @@ case ${1:-} in
     *) usage >&2; fail "unknown command '$1'" ;;
 esac
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH="" cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || fail "$python was not found: install Python 3.11 or newer"
 

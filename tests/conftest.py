@@ -7,7 +7,9 @@ examples, the same ones every time, and a failure is not made smaller.
 """
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,16 @@ settings.register_profile(
     "mutation", settings.get_profile("dev"), derandomize=True, phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """`main` is a program, which leaves its handlers behind: Ctrl-C must go on to end the tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 PLUMBING = ("test_bad_input.py", "test_data.py", "test_faults.py")
 

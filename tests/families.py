@@ -69,8 +69,14 @@ def batch_of(script, num_prompts: int = 3, group_size: int = 4, width: int = 7, 
     return script.Batch(*tensors, torch.zeros(tensors[-1].shape, dtype=torch.float64))
 
 
-def in_parts(score, model: torch.nn.Module, batch, size: int, *options) -> torch.Tensor:
+def with_copies(batch):
+    """The same with a copy of its prompt for every completion, as if G were 1."""
+    prompts = torch.arange(len(batch.completion_ids)) * len(batch.prompt_ids) // len(batch.completion_ids)
+    return batch._replace(prompt_ids=batch.prompt_ids[prompts], prompt_mask=batch.prompt_mask[prompts])
+
+
+def in_parts(script, score, batch, size: int, share_prompt: bool) -> torch.Tensor:
     """What `score` gives for the batch in parts of `size` completions, (N, T)."""
-    parts = [score(model, batch.rows(i), *options) for i in torch.arange(len(batch.completion_ids)).split(size)]
-    parts, width = [x[0] if isinstance(x, tuple) else x for x in parts], batch.completion_ids.shape[1]
+    indices, width = torch.arange(len(batch.completion_ids)).split(size), batch.completion_ids.shape[1]
+    parts = [score(script.take_completions(batch, index, share_prompt)) for index in indices]
     return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in parts])

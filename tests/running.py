@@ -33,7 +33,7 @@ import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch
 import {script} as script
-script.reward = lambda completion, answer: len(set(completion)) / 10
+script.reward = lambda completion, problem: len(set(completion)) / 10
 {before}
 if __name__ == "__main__":
     sys.exit(script.main(script.tyro.cli(script.Args)))

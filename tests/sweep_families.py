@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 import grpo
+from families import with_copies
 
 SECONDS, CPUS, TOLERANCE, VOCAB, NO_DECODER = 60, 2, 1e-3, 61, "is_decoder is False"
 PROMPT_LENGTHS, SHAPE, ENDS = (20, 11, 3), (12, 24), torch.tensor([1, 5, 9, 17, 33])
@@ -133,7 +134,7 @@ def make_model(family: str, std: float, special: dict) -> torch.nn.Module:
 @torch.no_grad()
 def one_by_one(model: torch.nn.Module, batch: grpo.Batch, change: int = 0) -> torch.Tensor:
     """The truth, (12, T): every completion alone, without padding, mask or positions. `change`: of the first id."""
-    logprobs, batch = torch.zeros(batch.completion_ids.shape), batch.unshared()
+    logprobs, batch = torch.zeros(batch.completion_ids.shape), with_copies(batch)
     for i in range(len(logprobs)):
         prompt, ids = batch.prompt_ids[i][batch.prompt_mask[i]], batch.completion_ids[i][batch.completion_mask[i]]
         prompt = torch.cat([(prompt[:1] + change) % VOCAB, prompt[1:]])
@@ -167,14 +168,14 @@ def check(family: str, special: dict) -> tuple[str, float, str]:
     grpo.say = notes.append
     try:
         args = grpo.Args(model=family, max_new_tokens=SHAPE[1])
-        shared = grpo.can_share_prompt(model, [(ids, "") for ids in prompts], args)
+        shared = grpo.prepare(args, model, [], [(ids, {}) for ids in prompts])[0].share_prompt
     except grpo.UserError as error:
         return "refused", 0.0, " ".join([*notes, *str(error).split()])
     ids, mask = grpo.pad_prompts(prompts, torch.device("cpu"))
     batch = grpo.Batch(ids, mask, *grpo.generate_completions(model, ids, mask, uniforms, 1.0, ENDS))
     truth, of_token = one_by_one(model, batch), batch.completion_mask
     gaps, all_finite = {"sampled": (batch.sampler_logprobs - truth)[of_token].abs()}, True
-    for name, one in {"alone": batch.unshared(), **({"shared": batch} if shared else {})}.items():
+    for name, one in {"alone": with_copies(batch), **({"shared": batch} if shared else {})}.items():
         with torch.no_grad():
             scored = grpo.completion_logprobs(model, one, 1.0)[0]
         gaps[name] = (scored - truth)[of_token].abs()

@@ -35,6 +35,7 @@ from test_data import CHATML, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PICKY = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user\nfirst') }}{% endif %}" + CHATML
+CPU = torch.device("cpu")
 FOLDERS = {"--model": "models/good", "--data": "good.jsonl"}
 
 
@@ -49,11 +50,11 @@ class Bomb:
 
 LINE = b'{"question": "one and one?", "answer": "2"}\n'
 DATA = {
-    "good": LINE * 8,
+    "good": b"".join(LINE.replace(b"one?", b"%d?" % i) for i in range(8)),
     "chat": b'{"prompt": [{"role": "user", "content": "one and one?"}], "answer": "2"}\n' * 8,
     "empty": b"",
     "blank": b"\n \n\r\n",
-    "three": LINE * 3,
+    "three": b"".join(LINE.replace(b"one?", b"%d?" % i) for i in range(3)),
     "cut": LINE * 3 + b'{"question": "one and',
     "list": LINE + b"\n[1, 2]",
     "utf8": LINE * 4 + b'{"question": "\xff?", "answer": "2"}',
@@ -250,8 +251,8 @@ def test_unknown_flags_and_values_are_named(script, flags, says, capsys):
 
 
 @for_both(
-    ("--temperature 0", "--temperature must be positive, got 0.0"),
-    ("--temperature inf", "--temperature must be at most 2147483648, got inf"),
+    ("--temperature 0", "--temperature must be at least 0.001, got 0.0"),
+    ("--temperature inf", "--temperature must be at most 2147483647, got inf"),
     ("--beta -1", "--beta must be at least 0, got -1.0"),
     ("--beta nan", "--beta must be at least 0, got nan"),
     ("--clip-eps nan", "--clip-eps must be positive, got nan"),
@@ -269,7 +270,7 @@ def test_unknown_flags_and_values_are_named(script, flags, says, capsys):
     ("--seed 99999999999999999999", "--seed must be at most"),
     ("--save-every -1", "--save-every must be at least 0"),
     ("--group-size 0", "--group-size must be "),
-    ("--group-size 99999999999", "--group-size must be at most"),
+    ("--group-size 99999999999", "--group-size must be at most 65536"),
     ("--num-minibatches 7", "must be a multiple of 7, the number of processes times --num-minibatches"),
     ("--num-prompts 2 --num-minibatches 4", "--num-prompts 2 must be a multiple of 4"),
     ("--resume auto", "--resume auto needs the --run-name"),
@@ -309,12 +310,16 @@ def test_what_depends_on_other_flags_is_filled_in(script):
     tiny, other = {"learning_rate": 5e-4}, {"learning_rate": 1e-6}
     if script is ppo:
         tiny, other = tiny | {"value_learning_rate": 1e-3}, other | {"value_learning_rate": 1e-5}
-    assert filled() == tiny
-    assert filled(model="x") == other
-    assert filled(data="x") == tiny | {"eval_data": ""}
+    test_set = {"eval_data": str(script.TINY / "test.jsonl")}
+    assert filled() == tiny | test_set
+    assert filled(model="x") == other | test_set
+    assert filled(data="x") == tiny
     assert filled(data="x", eval_data="y") == tiny
     assert filled(eval_data="y") == tiny
-    assert filled(model="x", **dict.fromkeys(tiny, 0.5)) == {}
+    assert filled(model="x", eval_data="y", **dict.fromkeys(tiny, 0.5)) == {}
+    os.chdir(ROOT)  # however they are spelled
+    for spelled in ("tests/tiny", "./tests/tiny/", "tests/../tests/tiny", str(ROOT / "tests/tiny")):
+        assert filled(model=spelled, data=f"{spelled}/train.jsonl") == tiny | test_set
 
 
 @for_both(("--device cuda", "--device cuda: not available"), ("--device mps", "--device mps: not available"))
@@ -397,7 +402,7 @@ TYPES = 'a prompt must be a text or a list of {"role": text, "content": text}'
     ("--data surrogate.jsonl", "surrogate.jsonl, line 4: "),
     ("--data surrogate.jsonl --model models/template", "surrogate.jsonl, line 4: "),
     ("--data long.jsonl", "long.jsonl, line 4: it has 151 tokens; 1 to 124 fit beside --max-new-tokens"),
-    ("--data good.jsonl --max-new-tokens 500", "good.jsonl, line 1: it has 76 tokens; 1 to -372 fit"),
+    ("--data good.jsonl --max-new-tokens 500", "good.jsonl, line 1: it has 74 tokens; 1 to -372 fit"),
     ("--data good.jsonl --eval-data long.jsonl", "long.jsonl, line 4: it has 151 tokens"),
     ("--data nothing_asked.jsonl --model models/plain", "nothing_asked.jsonl, line 8: it has 0 tokens"),
     ("--data system.jsonl --model models/picky", "system.jsonl, line 1: user first"),
@@ -416,6 +421,8 @@ TYPES = 'a prompt must be a text or a list of {"role": text, "content": text}'
     ("--model models/wrong_config", "'hidden_size' expected int"),
     ("--model models/no_tokenizer", "--model models/no_tokenizer is neither a model folder"),
     ("--model models/broken_tokenizer", "--model models/broken_tokenizer is neither a model folder"),
+    ("--model models/text_end", "--model models/text_end"),
+    ("--model models/no_end", "--model models/no_end: it has no EOS token, so its completions could never end"),
     ("--model models/fewer_ids", "good.jsonl, line 1: the tokenizer has token "),
     ("--model models/no_text", "--model models/no_text"),
 )
@@ -431,9 +438,7 @@ def test_bad_prompts_and_models_are_refused_before_weights_are_loaded(script, fl
     ("--model models/cut_weights", "models/cut_weights cannot be loaded: Error while deserializing header"),
     ("--model models/no_layer", "it has no weights, or none of the right shape, for model.layers.2."),
     ("--model models/other_config", "it has no weights, or none of the right shape, for model.layers.0.mlp.down_proj"),
-    ("--model models/no_end", "--model models/no_end cannot be loaded: it has no EOS token"),
-    ("--model models/text_end", "--model models/text_end"),
-    ("--model models/pickled_weights", "models/pickled_weights cannot be loaded: Weights only load failed."),
+        ("--model models/pickled_weights", "models/pickled_weights cannot be loaded: Weights only load failed."),
     (f"--model models/good --run-name {'x' * 300}", "cannot write the run to runs/xxx"),
     ("--model models/good --run-name file --resume auto", "cannot write the run to runs/file (to resume a run"),
     (f"--model models/good --run-name {'x' * 300} --resume auto", "runs/xxx"),
@@ -454,15 +459,15 @@ def test_what_just_fits_the_model_is_taken(script, monkeypatch):
     config = AutoConfig.from_pretrained("models/good")
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda model, **options: config)
     args = script.Args(model="models/good", data="x.jsonl", eval_data="good.jsonl", num_prompts=4, max_new_tokens=4)
-    _, problems, _ = script.load_problems(args)
+    _, _, problems, _ = script.load_problems(args, CPU)
     assert [len(ids) for ids, _ in problems][3] == 124
     with pytest.raises(script.UserError, match=r"x.jsonl, line 4: it has 124 tokens; 1 to 123 fit"):
-        script.load_problems(replace(args, max_new_tokens=5))
+        script.load_problems(replace(args, max_new_tokens=5), CPU)
     config.vocab_size = max(max(ids) for ids, _ in problems) + 1
-    script.load_problems(args)
+    script.load_problems(args, CPU)
     config.vocab_size -= 1
     with pytest.raises(script.UserError, match=f"has token {config.vocab_size}, the model only {config.vocab_size} "):
-        script.load_problems(args)
+        script.load_problems(args, CPU)
 
 
 @pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
@@ -485,16 +490,11 @@ def test_every_token_that_ends_a_completion_is_found(script):
     for ends, expected in (([5, 3], [1, 2, 3, 5]), (4, [1, 2, 4]), (None, [1, 2])):
         change_json(Path("own/config.json"), eos_token_id=1)
         change_json(Path("own/generation_config.json"), eos_token_id=ends)
-        policy, eos_ids = script.load_policy("own", make_tokenizer(), torch.device("cpu"))
-        assert eos_ids.tolist() == expected
+        args = script.check_args(script.Args(model="own", data="good.jsonl", num_prompts=1, max_new_tokens=4))
+        assert script.load_problems(args, CPU)[1].tolist() == expected
+        policy = script.load_policy("own", CPU)
         assert not policy.training
         assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
-
-
-def test_without_a_reference_none_is_refreshed(capsys):
-    flags = f"{SMALL} --model models/good --data good.jsonl --num-steps 3 --beta 0 --ref-refresh-every 1"
-    exit_code, lines = outcome(grpo, flags, capsys)
-    assert exit_code in (0, 2), lines
 
 
 @pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
@@ -571,13 +571,13 @@ class TestRuns:
         changed += " --eval-data good.jsonl"  # what was held out would be trained on
         said = refusal(script, f"{changed} --run-name {script.__name__} --resume auto", capsys)
         assert "/checkpoint.pt cannot be loaded: it belongs to a run with other arguments: --" in said
-        *flags, problems = said.split("other arguments: ")[1].split(", hash of the problems was ")
-        assert set(f", {flags[0]}".split(", --")[1:]) == {
+        flags, *hashes = said.split("other arguments: ")[1].split(", hash of ")
+        assert set(f", {flags}".split(", --")[1:]) == {
             "max-new-tokens was 4, is 3", "temperature was 1.0, is 0.9", "learning-rate was 1e-06, is 0.5",
             f"kl-estimator was {script.Args.kl_estimator}, is k2", "seed was 1, is 7",
-            "eval-data was , is good.jsonl",
         }  # fmt: skip
-        before, now = problems.split(", is ")
+        assert [text.partition(" was ")[0] for text in hashes] == ["the problems", "the held-out problems"]
+        before, now = hashes[0].partition(" was ")[2].split(", is ")
         assert before != now
 
     def test_other_problems_under_the_same_name_are_refused(self, script, again, capsys):
@@ -591,7 +591,8 @@ class TestRuns:
         special = dict(vocab_size=259, max_position_embeddings=128, hidden_size=48)
         make_model("llama", torch.float32, **special).save_pretrained("models/good")
         make_tokenizer().save_pretrained("models/good")
-        refusal(script, f"{again} --run-name {script.__name__} --resume auto", capsys)
+        said = refusal(script, f"{again} --run-name {script.__name__} --resume auto", capsys)
+        assert "belongs to a run with other arguments: hash of the model was " in said
 
     def test_what_may_change_when_a_run_is_resumed(self, script, again, capsys):
         flags = f"{again} --num-steps 2 --micro-batch-tokens 64 --gradient-checkpointing --save-every 1 --eval-every 1"
@@ -616,7 +617,8 @@ class TestRuns:
     def test_a_damaged_checkpoint_is_refused(self, script, again, capsys):
         path = Path("runs", script.__name__, "checkpoint.pt")
         content = path.read_bytes()
-        run = SimpleNamespace(models={}, betas={}, fixed={"script": script.__name__})
+        args = SimpleNamespace(num_steps=1)
+        run = SimpleNamespace(models={}, betas={}, fixed={"script": script.__name__}, args=args)
         script.Run.load(run, path)
         run.fixed["--new"] = 1
         with pytest.raises(script.UserError, match="belongs to a run with other arguments: --new was None, is 1"):
@@ -624,7 +626,7 @@ class TestRuns:
         with zipfile.ZipFile(path) as file:
             records = [(info.filename, info.header_offset, info.file_size) for info in file.infolist()]
         assert any(name.endswith("data.pkl") for name, *_ in records)
-        assert len(records) > 50
+        assert len(records) > 40
         flipped = []
         for _, header, size in records:
             name_size, extra_size = (int.from_bytes(content[header + i : header + i + 2], "little") for i in (26, 28))
@@ -633,7 +635,7 @@ class TestRuns:
         for damaged in (content[:-20], content[: len(content) // 2], b"", *flipped):
             path.write_bytes(damaged)
             with pytest.raises(script.UserError, match=r"checkpoint\.pt cannot be loaded: "):
-                script.Run.load(SimpleNamespace(models={}, betas={}, fixed={}), path)
+                script.Run.load(SimpleNamespace(models={}, betas={}, fixed={}, args=args), path)
         said = refusal(script, f"{again} --run-name {script.__name__} --resume auto", capsys)
         assert f"runs/{script.__name__}/checkpoint.pt cannot be loaded: " in said
 
@@ -675,8 +677,8 @@ def test_code_beside_a_model_is_not_run_nor_is_the_user_asked_to(script, capsys,
     assert "contains custom code" in said
     for model in ("models/code_of_config", "models/code_of_tokenizer"):
         args = script.check_args(script.Args(model=model, data="good.jsonl", num_prompts=2))
-        tokenizer, *_ = script.load_problems(args)
-        policy, _ = script.load_policy(model, tokenizer, torch.device("cpu"))
+        tokenizer, *_ = script.load_problems(args, CPU)
+        policy = script.load_policy(model, CPU)
         assert policy.__class__.__module__.startswith("transformers.")
         assert tokenizer.__class__.__module__.startswith("transformers.")
     assert not Path("boom").exists()
@@ -689,7 +691,7 @@ pieces = st.sampled_from(["<s>", "<|im_start|>", "<|im_end|>", "<|im_", "end|>",
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["no template", "template"])
 @given(st.lists(pieces, min_size=1, max_size=12).map("".join))
 def test_no_text_of_a_prompt_becomes_a_control_token(tokenizer, text):
-    honest, attack = (grpo.encode_prompt(tokenizer, prompt) for prompt in ("x", text))
+    honest, attack = (grpo.encode_prompt(tokenizer, prompt, []) for prompt in ("x", text))
     assert [attack.count(i) for i in range(3)] == [honest.count(i) for i in range(3)]
 
 
@@ -725,14 +727,15 @@ def test_data_are_problems_or_one_sentence(tokenizer, content, eval_content):
         patch.setattr(AutoTokenizer, "from_pretrained", lambda model, **options: tokenizer)
         patch.setattr(AutoConfig, "from_pretrained", lambda model, **options: config)
         try:
-            _, train_set, held_out = grpo.load_problems(args)
+            _, _, train_set, held_out = grpo.load_problems(args, CPU)
         except grpo.UserError:
             return
     number = len([line for line in (content + b"\n" + (eval_content or b"")).split(b"\n") if line.strip()])
-    assert len(train_set) + len(held_out) == number
-    for ids, answer in train_set + held_out:
+    alone = eval_content is None and len({tuple(ids) for ids, _ in train_set}) == 1  # is held out as well
+    assert len(train_set) + len(held_out) in ((number, number + 1) if alone else (number,))
+    for ids, problem in train_set + held_out:
         assert 0 < len(ids) <= 124
-        assert grpo.final_number("#" + answer) is not None
+        assert grpo.final_number("#" + problem["answer"]) is not None
 
 
 @pytest.mark.parametrize("template", [CHATML, PICKY, "{{ messages }}", "{{ messages[0].name + messages[1].content }}"])
@@ -742,7 +745,7 @@ def test_chat_messages_of_any_shape_become_ids_or_an_error(template, prompt):
     tokenizer.chat_template = template
     right = [isinstance(x, dict) and all(isinstance(x.get(key), str) for key in ("role", "content")) for x in prompt]
     try:
-        ids = grpo.encode_prompt(tokenizer, prompt)
+        ids = grpo.encode_prompt(tokenizer, prompt, [])
     except Exception:  # `read_problems` makes a sentence of it
         encodable = "\\ud" not in ascii(prompt)  # no surrogates
         assert not (template == CHATML and encodable and right and all(right))  # which takes every chat
@@ -755,7 +758,8 @@ def test_chat_messages_of_any_shape_become_ids_or_an_error(template, prompt):
 def any_arguments(script) -> st.SearchStrategy[dict]:
     """Values of the right type, of which most are far out of range."""
     types = {int: st.integers() | st.integers(0, 8), float: st.floats() | st.floats(0, 1), bool: st.booleans()}
-    types |= {str: st.text(max_size=8) | st.sampled_from(["", ".", "..", "tiny", "a/b", "auto", "x" * 300])}
+    words = st.text(st.characters(exclude_characters="\0"), max_size=8)  # no process has an argument with a NUL
+    types |= {str: words | st.sampled_from(["", ".", "..", "tiny", "a/b", "auto", "x" * 300])}
     hints = typing.get_type_hints(script.Args)
     chosen = {}
     for name, hint in hints.items():
@@ -779,7 +783,7 @@ def test_flags_are_completed_or_one_sentence(script, data):
         return
     assert None not in [getattr(complete, name) for name in script.LEARNING_RATES]
     numbers = [value for value in vars(complete).values() if isinstance(value, int | float)]
-    assert all(0 <= number <= 2**31 for number in numbers)
+    assert all(0 <= number < 2**31 for number in numbers)
     assert all(number > 0 for number in numbers if number not in (False, 0))
     zero = {name for name, value in vars(complete).items() if type(value) in (int, float) and value == 0}
     assert zero <= {*script.LEAST}

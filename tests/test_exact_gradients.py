@@ -17,7 +17,7 @@ from advantage import gae, group_advantages
 from enumeration import Policy, softmax_policy, tables, transformer_policy, transformers
 from grpo import grpo_loss, loss_weights
 from kl import exact_kl, kl_estimate
-from ppo import policy_loss, token_rewards
+from ppo import policy_loss, rewards_with_kl
 from strategies import assert_close, float64, tensors
 from test_kl import GRAD_FKL, GRAD_RKL, MU, REF, THETA
 
@@ -134,12 +134,12 @@ def test_the_listed_completions_are_all_there_are(policies):
     assert_close(policy.gradient(whole), grad_whole_kl(policy, ref))
 
 
-# ----- Property 16: the group as baseline -----
+# ----- The group as baseline -----
 
 
 @given(either, st.data())
 def test_the_mean_baseline_gives_a_part_of_grad_j_and_leave_one_out_all_of_it(policies, data):
-    """Property 16, over all groups of two, and for one token also of three: (G - 1)/G grad J, and grad J.
+    """Over all groups of two, and for one token also of three: (G - 1)/G grad J, and grad J.
 
     It takes Dr. GRPO's average, by a constant: there a token weighs the same however long its completion and the rest
     of its group are, and the sum of A s over a completion is A grad log pi(y)."""
@@ -192,7 +192,7 @@ def test_ppo_climbs_the_reward_less_beta_times_the_kl_whatever_the_values_are(po
     rewards = data.draw(scores(policy))
     values = data.draw(tensors((len(policy.completions.entries),), -10.0, 10.0, float64))[policy.completions.states]
     beta = data.draw(st.sampled_from([0.0, beta]))
-    found = ppo_gradient(policy, token_rewards(rewards, k("k1", policy, ref), policy.mask, beta), values)
+    found = ppo_gradient(policy, rewards_with_kl(rewards, k("k1", policy, ref), policy.mask, beta), values)
     assert_close(found, grad_reward(policy, rewards) - beta * grad_whole_kl(policy, ref), scale=20.0)
 
 
@@ -201,7 +201,7 @@ def test_ppo_is_exact_for_every_lambda_where_the_values_are_true(policies, gae_l
     """The bias of lambda < 1 is that of the value model alone."""
     policy, ref, _ = policies
     rewards = data.draw(scores(policy))
-    rewards_t = token_rewards(rewards, k("k1", policy, ref), policy.mask, beta)
+    rewards_t = rewards_with_kl(rewards, k("k1", policy, ref), policy.mask, beta)
     to_go = rewards_t.flip(1).cumsum(1).flip(1)                                             # (M, T), from each token on
     values = (policy.sum_by_state(policy.probabilities()[:, None] * to_go) / policy.visits()).detach()
     found = ppo_gradient(policy, rewards_t, values[policy.completions.states], gae_lambda)
@@ -211,12 +211,12 @@ def test_ppo_is_exact_for_every_lambda_where_the_values_are_true(policies, gae_l
 def test_ppo_is_biased_where_wrong_values_count_and_where_a_value_sees_its_own_token():
     """Documentation, and what the two tests above would find: lambda = 0.5, and values of the chosen token."""
     policy, rewards = one_task()
-    rewards_t, wanted = token_rewards(rewards, policy.logprobs, policy.mask, 0.0), grad_reward(policy, rewards)
+    rewards_t, wanted = rewards_with_kl(rewards, policy.logprobs, policy.mask, 0.0), grad_reward(policy, rewards)
     for values, gae_lambda in ((policy.completions.states.double(), 0.5), (policy.completions.ids.double(), 1.0)):
         assert cosine(ppo_gradient(policy, rewards_t, values, gae_lambda), wanted) < 0.9
 
 
-# ----- Property 21: a good estimator is not a good loss -----
+# ----- A good estimator of the KL is not a good loss -----
 
 # (estimator, its weight, who sampled): the gradient of the KL in the loss. FKL is another direction.
 IN_THE_LOSS = {

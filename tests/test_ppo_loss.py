@@ -6,6 +6,7 @@ Both losses are a sum of weight times a term, so their gradient in the weights s
 that is how clipping is looked at here, without a copy of the code.
 """
 
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ from torch.nn.functional import pad
 
 import ppo
 from advantage import gae
-from families import NOT_SHARING, SHARING, batch_of, in_parts, make_model
+from families import NOT_SHARING, SHARING, batch_of, in_parts, make_model, with_copies
 from kl import exact_kl, kl_estimate
 from ppo import (
     ValueModel,
@@ -26,7 +27,7 @@ from ppo import (
     explained_variance,
     loss_weights,
     policy_loss,
-    token_rewards,
+    rewards_with_kl,
     value_loss,
 )
 from strategies import Batch, assert_close, batches, dtypes, float64, garbage, masks, numbers, tensors
@@ -74,7 +75,7 @@ def test_the_ratio_is_that_of_the_probabilities(batch):
     """PPO section 3: r = pi_theta / pi_old; one in the padding. No curve carries a gradient."""
     log_ratio = (batch.logprobs - batch.old_logprobs).where(batch.completion_mask, 0.0)
     batch.logprobs.requires_grad_()
-    for options in ({}, {"penalty_beta": 1.0}):
+    for options in ({}, {"beta_old": 1.0}):
         _, curves = loss_and_curves(batch, **options)
         assert curves.keys() == {"ratio", "clip_frac", "approx_kl"}
         assert torch.equal(curves["ratio"], log_ratio.exp())
@@ -83,7 +84,7 @@ def test_the_ratio_is_that_of_the_probabilities(batch):
 
 @given(batches(), eps, eps)
 def test_the_clipped_objective_is_a_lower_bound(batch, clip_eps, clip_eps_high):
-    """Property 1: min(rA, clip(r)A) <= rA, exactly; `clip_frac` marks the tokens where it is less."""
+    """PPO Eq. 7 is pessimistic: min(rA, clip(r)A) <= rA, exactly; `clip_frac` marks the tokens where it is less."""
     options = dict(clip_eps=clip_eps, clip_eps_high=clip_eps_high)
     bound = (ratio(batch) * batch.advantages).where(batch.completion_mask, 0.0)
     assert (objective(batch, **options) <= bound).all()
@@ -93,7 +94,7 @@ def test_the_clipped_objective_is_a_lower_bound(batch, clip_eps, clip_eps_high):
 
 @given(batches(), eps, eps)
 def test_clip_bounds_are_one_minus_clip_eps_and_one_plus_clip_eps_high(batch, clip_eps, clip_eps_high):
-    """Property 2: only the upper bound matters for A >= 0 and only the lower one for A < 0, exactly."""
+    """PPO Eq. 7: only the upper bound matters for A >= 0 and only the lower one for A < 0, exactly."""
     r, advantages = ratio(batch), batch.advantages
     low, high = (torch.tensor(bound, dtype=r.dtype) for bound in (1 - clip_eps, 1 + clip_eps_high))
     bound = torch.where(advantages >= 0, high, low)
@@ -128,7 +129,7 @@ def test_clip_higher_moves_the_upper_bound_alone():
 
 @given(batches(), eps, eps)
 def test_the_gradient_vanishes_where_nothing_more_can_be_gained(batch, clip_eps, clip_eps_high):
-    """Property 3: d/dr = A if (A > 0 and r <= 1 + eps_high) or (A < 0 and r >= 1 - eps_low), else exactly 0.
+    """Of PPO Eq. 7, d/dr = A if (A > 0 and r <= 1 + eps_high) or (A < 0 and r >= 1 - eps_low), else exactly 0.
 
     d/dlogprobs is r times that."""
     r, advantages = ratio(batch), batch.advantages
@@ -142,7 +143,7 @@ def test_the_gradient_vanishes_where_nothing_more_can_be_gained(batch, clip_eps,
 
 @given(batches(), eps)
 def test_within_the_clip_range_nothing_is_clipped(batch, clip_eps):
-    """Property 4: |r - 1| < eps implies L^CLIP = L^CPI, exactly."""
+    """|r - 1| < eps implies L^CLIP (PPO Eq. 7) = L^CPI (Eq. 6), exactly."""
     r = ratio(batch)
     inside = ((r - 1).abs() < clip_eps - 1e-6) & batch.completion_mask
     assert torch.equal(objective(batch, clip_eps=clip_eps)[inside], (r * batch.advantages)[inside])
@@ -150,18 +151,18 @@ def test_within_the_clip_range_nothing_is_clipped(batch, clip_eps):
 
 
 @given(batches(on_policy=True), averages, eps, st.none() | betas)
-def test_on_policy_the_gradient_is_that_of_the_vanilla_policy_gradient(batch, loss_average, clip_eps, penalty_beta):
-    """Property 5: at r = 1 exactly, d loss / d logprobs = -A weight, exactly. The penalty of Eq. 8 is at its minimum
-    there and adds nothing."""
+def test_on_policy_the_gradient_is_that_of_the_vanilla_policy_gradient(batch, loss_average, clip_eps, beta_old):
+    """PPO Eq. 1: at r = 1, d loss / d logprobs = -A weight, exactly. The penalty of Eq. 8 is at its minimum there and
+    adds nothing."""
     weights = average(batch.completion_mask, loss_average).to(batch.logprobs)
     assert ratio(batch).eq(1).all()
-    gradient = loss_and_gradient(batch, weights, clip_eps=clip_eps, penalty_beta=penalty_beta)[1]
+    gradient = loss_and_gradient(batch, weights, clip_eps=clip_eps, beta_old=beta_old)[1]
     assert torch.equal(gradient, -batch.advantages * weights)
 
 
 @given(batches(), averages, eps, st.floats(1e-3, 1e3))
 def test_scaled_advantages_scale_the_loss_and_the_gradient(batch, loss_average, clip_eps, scale):
-    """Property 6: A -> cA with c > 0; and A = 0 gives exactly 0 for both."""
+    """A -> cA with c > 0; and A = 0 gives exactly 0 for both."""
     options = dict(weights=average(batch.completion_mask, loss_average), clip_eps=clip_eps)
     before = loss_and_gradient(batch, **options)
     after = loss_and_gradient(batch._replace(advantages=scale * batch.advantages), **options)
@@ -176,20 +177,20 @@ def test_scaled_advantages_scale_the_loss_and_the_gradient(batch, loss_average, 
 
 
 @given(batches(), betas, eps)
-def test_the_penalised_objective_is_the_unclipped_one_less_beta_times_the_kl(batch, penalty_beta, clip_eps):
+def test_the_penalised_objective_is_the_unclipped_one_less_beta_times_the_kl(batch, beta_old, clip_eps):
     """PPO Eq. 8, token by token, whatever eps is; a penalty of 0 leaves rA, exactly."""
     unclipped = (ratio(batch) * batch.advantages).where(batch.completion_mask, 0.0)
     kl = loss_and_curves(batch)[1]["approx_kl"]
-    found = objective(batch, penalty_beta=penalty_beta, clip_eps=clip_eps)
-    assert_close(found, unclipped - penalty_beta * kl, scale=unclipped.abs().max())
-    assert torch.equal(objective(batch, penalty_beta=0.0, clip_eps=clip_eps), unclipped)
-    gradient = -loss_and_gradient(batch, penalty_beta=0.0, clip_eps=clip_eps)[1]
+    found = objective(batch, beta_old=beta_old, clip_eps=clip_eps)
+    assert_close(found, unclipped - beta_old * kl, scale=unclipped.abs().max())
+    assert torch.equal(objective(batch, beta_old=0.0, clip_eps=clip_eps), unclipped)
+    gradient = -loss_and_gradient(batch, beta_old=0.0, clip_eps=clip_eps)[1]
     assert_close(gradient, unclipped)
 
 
 @given(batches())
 def test_approx_kl_is_never_negative_and_zero_where_the_policies_agree(batch):
-    """Property 18 for k3 = r - 1 - log r with r = pi_theta / pi_old: 0 in the padding, too."""
+    """k3 of KL[pi_old, pi_theta], r - 1 - log r with r = pi_theta / pi_old: 0 in the padding, too."""
     r, kl = ratio(batch), loss_and_curves(batch)[1]["approx_kl"]
     assert kl.ge(0).all()
     assert_close(kl, r - 1 - r.log(), scale=r.max())
@@ -199,7 +200,7 @@ def test_approx_kl_is_never_negative_and_zero_where_the_policies_agree(batch):
 
 
 def test_approx_kl_is_never_negative_near_zero_in_float32():
-    """Property 18, where r - 1 - log r would round to less than 0: the early stop and the penalty read its mean."""
+    """Where r - 1 - log r would round to less than 0: the early stop and the penalty read its mean."""
     size = torch.logspace(-9, 1, 10_000)
     log_ratio = torch.cat([size, -size])[None]
     assert (log_ratio.exp() - 1 - log_ratio).min() < 0
@@ -214,7 +215,7 @@ tables = st.tuples(st.integers(1, 3), st.integers(2, 8)).flatmap(
 
 
 @given(tables, betas)
-def test_the_expected_penalty_is_the_kl_from_the_old_policy_to_the_new_one_and_so_is_its_gradient(drawn, penalty_beta):
+def test_the_expected_penalty_is_the_kl_from_the_old_policy_to_the_new_one_and_so_is_its_gradient(drawn, beta_old):
     """PPO Eq. 8, over all tokens, weighed by pi_old, which samples them: pi_theta A - beta KL[pi_old, pi_theta].
 
     The other direction, KL[pi_theta, pi_old], is that of the penalty in the reward."""
@@ -223,13 +224,13 @@ def test_the_expected_penalty_is_the_kl_from_the_old_policy_to_the_new_one_and_s
         logits = logits.detach().requires_grad_()
         logprobs, old_logprobs = logits.log_softmax(-1), old_logits.log_softmax(-1)
         batch = Batch(logprobs, old_logprobs, logprobs, a, torch.ones_like(logits, dtype=torch.bool))
-        loss, curves = loss_and_curves(batch, weights=old_logprobs.exp(), penalty_beta=penalty_beta)
+        loss, curves = loss_and_curves(batch, weights=old_logprobs.exp(), beta_old=beta_old)
         kl = exact_kl(old_logits, logits)
         assert_close((old_logprobs.exp() * curves["approx_kl"]).sum(-1), kl.detach())
-        expected = penalty_beta * kl.sum() - (logprobs.exp() * a).sum()
+        expected = beta_old * kl.sum() - (logprobs.exp() * a).sum()
         assert_close(loss, expected.detach())
         found, wanted = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected))
-        assert_close(found, wanted, scale=1 + penalty_beta)
+        assert_close(found, wanted, scale=1 + beta_old)
 
 
 # ----- The loss of the value model -----
@@ -273,7 +274,7 @@ def half_squared(error: Tensor, mask: Tensor) -> Tensor:
 
 @given(estimates(), value_eps)
 def test_the_clipped_value_loss_lies_between_its_bounds(batch, value_clip_eps):
-    """Property 37: (V - R)^2 <= 2 loss <= max((V - R)^2, (|V_old - R| + eps)^2), the former exactly."""
+    """Pessimistic, too: (V - R)^2 <= 2 loss <= max((V - R)^2, (|V_old - R| + eps)^2), the former exactly."""
     values, old_values, returns, mask = batch
     found, plain = value_terms(batch, value_clip_eps), half_squared(values - returns, mask)
     assert (found >= plain).all()
@@ -295,13 +296,13 @@ def assert_nothing_is_clipped(batch: Estimates, value_clip_eps: float) -> None:
 
 @given(estimates(), value_eps)
 def test_within_the_value_clip_range_nothing_is_clipped(batch, value_clip_eps):
-    """Properties 37 and 38: |V - V_old| < eps implies that the loss is (V - R)^2 / 2."""
+    """|V - V_old| < eps implies that the loss is (V - R)^2 / 2."""
     assert_nothing_is_clipped(batch, value_clip_eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_within_the_value_clip_range_nothing_is_clipped_by_rounding(dtype):
-    """Properties 37 and 38, where V_old + (V - V_old) would miss V by rounding: ten thousand small values."""
+    """Where V_old + (V - V_old) would miss V by rounding: ten thousand small values."""
     values, old_values = 0.05 * torch.randn(2, 1, 10_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
     assert (old_values + (values - old_values)).ne(values).any()
     returns, mask = (values > 0).to(dtype), torch.ones_like(values, dtype=torch.bool)
@@ -310,7 +311,7 @@ def test_within_the_value_clip_range_nothing_is_clipped_by_rounding(dtype):
 
 @given(estimates(moved=False), value_eps, averages)
 def test_while_the_value_is_the_old_one_the_value_gradient_is_weight_times_error(batch, value_clip_eps, loss_average):
-    """Property 37: before the first update of a step the clipping is inert: d loss / d V = weight (V - R), exactly."""
+    """Before the first update of a step the clipping is inert: d loss / d V = weight (V - R), exactly."""
     values, _, returns, mask = batch
     weights = average(mask, loss_average).to(values)
     loss, gradient = value_loss_and_gradient(batch, weights, value_clip_eps=value_clip_eps)
@@ -321,7 +322,7 @@ def test_while_the_value_is_the_old_one_the_value_gradient_is_weight_times_error
 
 @given(estimates(), value_eps)
 def test_the_value_gradient_vanishes_only_where_the_clipped_error_is_the_larger(batch, value_clip_eps):
-    """Property 38: the gradient is 0 iff V = R, or |V - V_old| > eps and the clipped error is the larger; else V - R.
+    """The gradient is 0 iff V = R, or |V - V_old| > eps and the clipped error is the larger; else V - R.
 
     The second result marks the latter tokens."""
     values, old_values, returns, mask = batch
@@ -367,10 +368,10 @@ def outcomes(num_rows: int, dtype: torch.dtype) -> st.SearchStrategy[Tensor]:
 
 @given(batches(), betas, st.data())
 def test_token_rewards_sum_to_the_score_less_beta_times_the_log_ratio_of_the_completion(batch, beta, data):
-    """Property 24: R - beta sum_t k1_t = R - beta (log pi(y) - log ref(y))."""
+    """InstructGPT Eq. 2: R - beta sum_t k1_t = R - beta (log pi(y) - log ref(y))."""
     logprobs, _, ref_logprobs, _, mask = batch
     rewards = data.draw(outcomes(len(mask), logprobs.dtype))
-    found = token_rewards(rewards, kl_estimate(logprobs, ref_logprobs, "k1"), mask, beta)
+    found = rewards_with_kl(rewards, kl_estimate(logprobs, ref_logprobs, "k1"), mask, beta)
     log_pi, log_ref = (x.where(mask, 0.0).sum(1) for x in (logprobs, ref_logprobs))
     assert_close(found.sum(1), rewards - beta * (log_pi - log_ref), scale=10 * (1 + beta))
 
@@ -380,9 +381,9 @@ def test_the_score_is_paid_on_the_last_token_and_the_kl_on_every_token(batch, be
     """DeepSeekMath Eq. 2, exactly: the last token that the mask counts, and 0 in the padding."""
     mask, kl = batch.completion_mask, kl_estimate(batch.logprobs, batch.ref_logprobs, "k1")
     rewards = data.draw(outcomes(len(mask), kl.dtype))
-    scores = token_rewards(rewards, torch.zeros_like(kl), mask, beta)
-    penalties = token_rewards(torch.zeros_like(rewards), kl, mask, beta)
-    both = token_rewards(rewards, kl, mask, beta)
+    scores = rewards_with_kl(rewards, torch.zeros_like(kl), mask, beta)
+    penalties = rewards_with_kl(torch.zeros_like(rewards), kl, mask, beta)
+    both = rewards_with_kl(rewards, kl, mask, beta)
     for i, length in enumerate(mask.sum(1).tolist()):
         last = length - 1
         assert scores[i, last] == rewards[i]
@@ -397,23 +398,23 @@ def test_the_score_is_paid_on_the_last_token_and_the_kl_on_every_token(batch, be
 @given(masks(), betas)
 def test_rows_without_a_token_are_paid_nothing(mask, beta):
     mask[0] = False
-    found = token_rewards(torch.ones(len(mask)), torch.ones(mask.shape), mask, beta)
+    found = rewards_with_kl(torch.ones(len(mask)), torch.ones(mask.shape), mask, beta)
     assert found[0].eq(0).all()
 
 
 def test_token_rewards_carry_no_gradient():
     """Eq. 2: what is paid is a number, however the KL was computed."""
     rewards, kl = torch.ones(2, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-    assert not token_rewards(rewards, kl, torch.ones(2, 3, dtype=torch.bool), 0.1).requires_grad
+    assert not rewards_with_kl(rewards, kl, torch.ones(2, 3, dtype=torch.bool), 0.1).requires_grad
 
 
 @given(batches(), betas, st.data())
 def test_without_values_and_discount_the_advantage_is_the_reward_to_go(batch, beta, data):
-    """Property 26 through the whole chain: with V = 0, A_t = R - beta sum_{s >= t} k1_s: a token answers for its own KL
+    """GAE Eq. 18 on DeepSeekMath Eq. 2: with V = 0, A_t = R - beta sum_{s >= t} k1_s: a token answers for its own KL
     and for that of all tokens after it, never of those before. With any V, A_t is that less V_t."""
     logprobs, _, ref_logprobs, _, mask = batch
     rewards = data.draw(outcomes(len(mask), logprobs.dtype))
-    rewards_t = token_rewards(rewards, kl_estimate(logprobs, ref_logprobs, "k1"), mask, beta)
+    rewards_t = rewards_with_kl(rewards, kl_estimate(logprobs, ref_logprobs, "k1"), mask, beta)
     to_go = torch.zeros_like(logprobs)
     for i, length in enumerate(mask.sum(1).tolist()):
         for t in range(length):
@@ -441,7 +442,7 @@ def trained_value_model(policy: nn.Module) -> ValueModel:
 def state_by_state(value_model: ValueModel, batch: ppo.Batch) -> Tensor:
     """The plainest way: every state s_t = (q, o_{<t}) alone, without padding and without the tokens that follow it."""
     values = torch.zeros(batch.completion_ids.shape, dtype=torch.float64)
-    batch = batch.unshared()
+    batch = with_copies(batch)
     for i, t in batch.completion_mask.nonzero().tolist():
         state = torch.cat([batch.prompt_ids[i][batch.prompt_mask[i]], batch.completion_ids[i, :t]])
         hidden = value_model.backbone(state[None], use_cache=False).last_hidden_state[0, -1]
@@ -465,8 +466,8 @@ def test_values_are_those_of_the_state_before_each_token(family):
     # The eager attention of some families takes its softmax in float32.
     tolerance = 1e-5 if family in ("gemma2", "gpt_neo", "hyperclovax", "gemma3_text") else 1e-10
     with torch.no_grad():
-        for each, size in ((batch, 12), (batch, 4), (batch, 2), (batch, 1), (batch.unshared(), 12)):
-            found = in_parts(completion_values, value_model, each, size)
+        for size, share_prompt in ((12, True), (4, True), (2, True), (1, True), (12, False)):
+            found = in_parts(ppo, functools.partial(completion_values, value_model), batch, size, share_prompt)
             torch.testing.assert_close(found.double(), alone, atol=tolerance, rtol=0)
 
 
@@ -477,7 +478,7 @@ def test_values_of_completions_alone_are_right_where_a_prompt_cannot_be_shared(f
     batch = batch_of(ppo, num_prompts=2, group_size=2, width=12)
     alone = state_by_state(value_model, batch)
     with torch.no_grad():
-        plain = completion_values(value_model, batch.unshared())
+        plain = completion_values(value_model, with_copies(batch))
     torch.testing.assert_close(plain, alone, atol=1e-5, rtol=0)
 
 
@@ -485,7 +486,7 @@ def test_values_of_completions_alone_are_right_where_a_prompt_cannot_be_shared(f
 def test_the_value_model_starts_at_exactly_zero(family):
     """Ziegler et al.: the head is initialised to zero. Only its gradient is not zero, and so it learns."""
     value_model = ValueModel(make_model(family, torch.float32, **SHARING[family]))
-    for batch in (batch_of(ppo), batch_of(ppo).unshared()):
+    for batch in (batch_of(ppo), with_copies(batch_of(ppo))):
         values = completion_values(value_model, batch)
         assert values.shape == batch.completion_ids.shape
         assert values.eq(0).all()
@@ -531,7 +532,7 @@ def test_shared_prompts_give_the_value_model_the_same_gradient():
     value_model, batch = trained_value_model(make_model("gpt2", **SHARING["gpt2"])), batch_of(ppo)
     weights = torch.randn(batch.completion_ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gradients = []
-    for rows in (batch, batch.unshared()):
+    for rows in (batch, with_copies(batch)):
         value_model.zero_grad()
         (completion_values(value_model, rows) * weights).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in value_model.parameters()]))
@@ -540,7 +541,7 @@ def test_shared_prompts_give_the_value_model_the_same_gradient():
 
 
 def test_what_stands_in_the_padding_changes_no_value():
-    """Property 31: other ids there, and columns added; the values there are exactly 0."""
+    """Other ids there, and columns added; the values there are exactly 0."""
     value_model, batch = trained_value_model(make_model("llama")), batch_of(ppo)
     first = completion_values(value_model, batch)
     other = batch._replace(
@@ -551,17 +552,6 @@ def test_what_stands_in_the_padding_changes_no_value():
     second = completion_values(value_model, other)
     assert torch.equal(second[..., :-3], first)
     assert second[~other.completion_mask].eq(0).all()
-
-
-def test_completions_without_a_token_have_no_values_and_leave_the_others_as_they_are():
-    """As DAPO's overlong filtering leaves them: one in a row, a whole row, and all of them."""
-    value_model, batch = trained_value_model(make_model("llama")), batch_of(ppo)
-    values, mask = completion_values(value_model, batch), batch.completion_mask.clone()
-    mask[0, 1] = mask[2] = False
-    found = completion_values(value_model, batch._replace(completion_mask=mask))
-    torch.testing.assert_close(found, values.where(mask, 0.0), atol=1e-10, rtol=0)
-    nothing = batch._replace(completion_mask=torch.zeros_like(mask))
-    assert completion_values(value_model, nothing).eq(0).all()
 
 
 def test_the_value_model_is_made_on_the_device_of_the_policy_and_its_values_on_that_of_the_inputs():
@@ -612,7 +602,6 @@ def test_a_value_that_goes_a_part_of_the_way_leaves_the_square_of_the_rest_unexp
 
 @given(returns_and_masks(), numbers(-2, 2), garbage, st.integers(0, 3), st.data())
 def test_padding_garbage_changes_no_explained_variance(drawn, part, garbage, extra, data):
-    """Property 31."""
     returns, mask = drawn
     values = part * returns + data.draw(tensors(mask.shape, -1.0, 1.0, st.just(returns.dtype)))
     wide = pad(mask, (0, extra))
@@ -621,13 +610,12 @@ def test_padding_garbage_changes_no_explained_variance(drawn, part, garbage, ext
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_equal_returns_are_no_division_by_zero(count):
-    """All right or all wrong: what varies is V alone. One token has no variance at all."""
-    returns, mask = torch.ones(1, count), torch.ones(1, count, dtype=torch.bool)
-    assert explained_variance(returns, returns, mask) == 1
-    explained = explained_variance(0.1 * torch.arange(count)[None], returns, mask)
-    assert explained.isfinite()
-    assert explained == 1 if count == 1 else explained < 0
+@pytest.mark.parametrize("equal", [0.0, 0.1, 1.0])
+def test_of_equal_returns_nothing_is_explained_whatever_the_values_are(count, equal):
+    """All right or all wrong, or a single token: there is no variance to divide by."""
+    returns, mask = torch.full((1, count), equal), torch.ones(1, count, dtype=torch.bool)
+    for values in (returns, 0.1 * torch.arange(count)[None], 1e3 * torch.arange(count)[None]):
+        assert explained_variance(values, returns, mask) == 0
 
 
 # ----- Padding and micro-batches -----
@@ -635,7 +623,7 @@ def test_equal_returns_are_no_division_by_zero(count):
 every_option = st.fixed_dictionaries({
     "clip_eps": eps,
     "clip_eps_high": st.none() | eps,
-    "penalty_beta": st.none() | betas,
+    "beta_old": st.none() | betas,
 })
 
 
@@ -654,7 +642,7 @@ def dirty(data: st.DataObject, x: Tensor, mask: Tensor) -> Tensor:
 
 @given(batches(), averages, every_option, st.integers(0, 3), st.data())
 def test_padding_garbage_changes_no_policy_loss_and_no_gradient(batch, loss_average, options, extra, data):
-    """Property 31: log-ratios of 1e30 or inf there, and columns added; gradients in the padding are exactly 0."""
+    """Log-ratios of 1e30 or inf there, and columns added; gradients in the padding are exactly 0."""
     width, mask = batch.logprobs.shape[1], pad(batch.completion_mask, (0, extra))
     padded = Batch(*(dirty(data, x, mask) for x in batch[:4]), mask)
     loss, gradient = loss_and_gradient(batch, average(batch.completion_mask, loss_average), **options)
@@ -670,7 +658,6 @@ def test_padding_garbage_changes_no_policy_loss_and_no_gradient(batch, loss_aver
 
 @given(estimates(), averages, value_eps, st.integers(0, 3), st.data())
 def test_padding_garbage_changes_no_value_loss_and_no_gradient(batch, loss_average, value_clip_eps, extra, data):
-    """Property 31."""
     width, mask = batch.values.shape[1], pad(batch.completion_mask, (0, extra))
     padded, options = Estimates(*(dirty(data, x, mask) for x in batch[:3]), mask), {"value_clip_eps": value_clip_eps}
     loss, gradient = value_loss_and_gradient(batch, average(batch.completion_mask, loss_average), **options)
@@ -688,12 +675,12 @@ def test_padding_garbage_changes_no_value_loss_and_no_gradient(batch, loss_avera
 
 @given(batches(), betas, st.integers(0, 3), st.data())
 def test_padding_garbage_changes_no_token_reward(batch, beta, extra, data):
-    """Property 31, exactly; beta = 0 makes no NaN of an infinite KL in the padding."""
+    """Exactly; beta = 0 makes no NaN of an infinite KL in the padding."""
     kl, mask = kl_estimate(batch.logprobs, batch.ref_logprobs, "k3"), pad(batch.completion_mask, (0, extra))
     rewards = data.draw(outcomes(len(mask), kl.dtype))
     for weight in (beta, 0.0):
-        found = token_rewards(rewards, dirty(data, kl, mask), mask, weight)
-        expected = token_rewards(rewards, kl, batch.completion_mask, weight)
+        found = rewards_with_kl(rewards, dirty(data, kl, mask), mask, weight)
+        expected = rewards_with_kl(rewards, kl, batch.completion_mask, weight)
         assert torch.equal(found[:, : kl.shape[1]], expected)
         assert found[~mask].eq(0).all()
 
@@ -706,7 +693,7 @@ def pieces_of(data: st.DataObject, num_rows: int) -> tuple[Tensor, tuple[Tensor,
 
 @given(batches(), averages, every_option, st.data())
 def test_micro_batches_add_up_to_the_policy_loss_and_gradient_of_the_update(batch, loss_average, options, data):
-    """Property 42, its part in the loss: however the rows are ordered and cut, the weights being those of all."""
+    """However the rows are ordered and cut, the weights being those of all."""
     order, parts = pieces_of(data, len(batch.logprobs))
     weights = average(batch.completion_mask, loss_average)
     loss, gradient = loss_and_gradient(batch, weights, **options)
@@ -717,7 +704,6 @@ def test_micro_batches_add_up_to_the_policy_loss_and_gradient_of_the_update(batc
 
 @given(estimates(), averages, value_eps, st.data())
 def test_micro_batches_add_up_to_the_value_loss_and_gradient_of_the_update(batch, loss_average, value_clip_eps, data):
-    """Property 42, its part in the loss of the value model."""
     order, parts = pieces_of(data, len(batch.values))
     weights, options = average(batch.completion_mask, loss_average), {"value_clip_eps": value_clip_eps}
     loss, gradient = value_loss_and_gradient(batch, weights, **options)
@@ -782,6 +768,6 @@ def test_groups_have_the_token_rewards_of_their_completions_in_one_list(drawn, b
     flat, shape = drawn
     kl, mask = kl_estimate(flat.logprobs, flat.ref_logprobs, "k1"), flat.completion_mask
     rewards = data.draw(outcomes(len(mask), kl.dtype))
-    expected = token_rewards(rewards, kl, mask, beta)
-    found = token_rewards(rewards.view(shape[:2]), kl.view(shape), mask.view(shape), beta)
+    expected = rewards_with_kl(rewards, kl, mask, beta)
+    found = rewards_with_kl(rewards.view(shape[:2]), kl.view(shape), mask.view(shape), beta)
     assert torch.equal(found, expected.view(shape))

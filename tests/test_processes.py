@@ -40,8 +40,8 @@ class Enough(Exception):
     pass
 
 
-def some_pay(completion: str, answer: str) -> float:
-    """Many pay alike here, so that groups without a signal are left out."""
+def some_pay(completion: str, problem: dict) -> float:
+    """Many pay alike here, so that there are groups whose gradient is 0."""
     return float(len(completion) > 1 and "1" in completion)
 
 
@@ -134,9 +134,8 @@ all_cases = [(name, case) for case, (only, *_) in CASES.items() for name in ("gr
 def test_the_gradient_is_that_of_one_process(there, name, case, processes):
     one, all_of_them = (torch.load(f"{name}_{case}_{number}.pt", weights_only=True) for number in (1, processes))
     assert one.keys() == all_of_them.keys()
-    assert bool(one) == (case != "none_teaches")
-    largest = max((gradient.abs().max() for gradient in one.values()), default=1.0)
-    assert largest > 1e-3
+    largest = max(gradient.abs().max() for gradient in one.values())
+    assert largest == 0 if case == "none_teaches" else largest > 1e-3
     for parameter, gradient in one.items():
         torch.testing.assert_close(all_of_them[parameter], gradient, rtol=1e-5, atol=1e-5 * float(largest))
 
@@ -165,7 +164,7 @@ def test_it_is_logged_evaluated_and_saved_once(there, name):
     run_name = f"{name}_together_2"
     assert len(list(Path(f"runs/{run_name}").glob("events*"))) == 1
     assert [step for step, _ in curves(run_name)["reward/mean"]] == [0, 1, 2, 3]
-    assert [step for step, _ in curves(run_name)["eval/accuracy"]] == [0, 2, 4]
+    assert [step for step, _ in curves(run_name)["eval/greedy"]] == [0, 2, 4]
     assert saved(run_name)["step"] == 4
     config = json.loads(Path(f"runs/{run_name}/policy/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -237,7 +236,7 @@ def test_when_one_process_fails_all_end(folder, fails):
         assert "torch.OutOfMemoryError: CUDA out of memory" in said
 
 
-SLOW = "script.reward = lambda completion, answer: time.sleep(0.05) or len(set(completion)) / 10"
+SLOW = "script.reward = lambda completion, problem: time.sleep(0.05) or len(set(completion)) / 10"
 
 
 def test_sigterm_to_torchrun_finishes_the_step_and_saves(folder):
@@ -263,4 +262,4 @@ def test_two_hosts_train_together(folder):
     first, second = start(run), start(run)
     said = finish(first) + finish(second)
     assert said.count("trained model after 2 steps: runs/a/policy") == 1
-    assert [step for step, _ in curves("a")["eval/accuracy"]] == [0, 1, 2]
+    assert [step for step, _ in curves("a")["eval/greedy"]] == [0, 1, 2]

@@ -7,6 +7,7 @@ import functools
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,7 @@ def test_every_command_has_flags_that_exist(command):
 
 # ----- The examples -----
 
-TASK, LOADING = (text.partition("```")[0] for text in README.split("```python\n")[1:])
+TASK, POOL, LOADING = (text.partition("```")[0] for text in README.split("```python\n")[1:])
 STEPS = re.search(r"earns 0\.1:\n\n(.*?)\n\n", FILES["advantage.py"], re.DOTALL)[1] + "\n"
 FLAGS = "--run-name a --eval-every {0} --num-steps {0} --device cpu --num-prompts 32 --group-size 8"
 
@@ -147,19 +148,42 @@ def train_copy(folder: Path, script: str, text: str, steps: int) -> dict[str, li
     return curves("a")
 
 
-@slow
-@pytest.mark.parametrize("script", ["grpo", "ppo"])
-def test_the_worked_example_trains_in_place_of_the_block_that_it_replaces(script, tmp_path, monkeypatch):
-    """And learns. Nothing outside of the block knows the task."""
+def with_task(script: str, *examples: str) -> str:
+    """The script with the functions of these examples in place of those in the block to change."""
     before, _, rest = FILES[f"{script}.py"].partition("# ============================ CHANGE THIS")
     block, _, after = rest.partition("# ========================= end of the block to change")
-    assert "def read_problem" in block
+    for example in examples:
+        for node in ast.parse(example).body:
+            block, found = re.subn(rf"def {node.name}\(.*?\n\n\n", f"{ast.unparse(node)}\n\n\n", block, flags=re.DOTALL)
+            assert found == 1, node.name
+    return f"{before}#{block}#{after}"
+
+
+@slow
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_the_worked_examples_train_in_place_of_the_functions_that_they_replace(script, tmp_path, monkeypatch):
+    """And learn, with the thread pool, too. Nothing outside of the block knows the task."""
     assert len([line for line in TASK.splitlines() if line.strip()]) < 12
     monkeypatch.chdir(tmp_path)
-    points = train_copy(tmp_path, script, f"{before}{TASK}\n\n#{after}", 20)
+    points = train_copy(tmp_path, script, with_task(script, TASK, POOL), 20)
     (_, first), *_, (_, last) = points["eval/sampled"]
     assert 0 < first < 0.4
     assert last > 0.75
+
+
+def test_the_thread_pool_waits_together_and_not_longer_than_its_limit():
+    """Sixteen rewards that wait take as long as one; one that waits for too long earns 0, the others keep theirs."""
+
+    def reward(completion: str, problem: dict) -> float:
+        time.sleep(problem["seconds"])
+        return float(completion)
+
+    namespace = {"reward": reward}
+    exec(POOL.replace("timeout=10", "timeout=1"), namespace)
+    began = time.monotonic()
+    problems = [{"seconds": 0.3}] * 15 + [{"seconds": 3.0}]
+    assert namespace["compute_rewards"]([str(i) for i in range(16)], problems) == [*map(float, range(15)), 0.0]
+    assert time.monotonic() - began < 2.9
 
 
 @slow
@@ -175,10 +199,11 @@ def test_the_trained_model_is_loaded_and_prompted_as_it_is_shown(tmp_path, monke
 @slow
 def test_process_supervision_trains_in_place_of_the_lines_that_it_replaces(tmp_path, monkeypatch):
     lines = FILES["grpo.py"].splitlines(keepends=True)
-    replaced = [i for i, line in enumerate(lines) if line.startswith("        advantages = ")]
-    assert len(replaced) == 2
-    lines[replaced[0] : replaced[1] + 1] = [STEPS]
-    text = "".join(lines).replace("import group_advantages", "import process_advantages")
+    first = next(i for i, line in enumerate(lines) if line.startswith("        groups = rewards.view"))
+    assert lines[first + 1].startswith("        advantages = group_advantages(")
+    (expanded,) = (i for i, line in enumerate(lines) if "expand_as(weights)" in line)
+    lines[expanded], lines[first : first + 2] = "", [STEPS]
+    text = "".join(lines).replace("import group_advantages", "import group_advantages, process_advantages")
     monkeypatch.chdir(tmp_path)
     points = train_copy(tmp_path, "grpo", text, 20)
     (_, first), *_, (_, last) = points["eval/sampled"]

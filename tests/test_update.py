@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Property 42: how the batch is cut, ordered, padded and packed changes no gradient of any update. `train` itself runs,
-in both scripts, and the gradients of all parameters are caught where the optimizer would step.
+"""The gradient of an update is that of its minibatch, however this is cut, ordered, padded and packed. `train` itself
+runs, in both scripts, and the gradients of all parameters are caught where the optimizer would step.
 
 And the identities of the first step: what was sampled and what is scored again agree, the ratio is 1 and the KL is 0.
 """
@@ -23,12 +23,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import grpo
 import ppo
-from families import SHARING, VOCAB, make_model
+from families import SHARING, VOCAB, make_model, with_copies
 from kl import kl_estimate
 from running import CI
 
 SCRIPTS = pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
 CHARACTERS = "0123456789+=;#~ abc"
+EOS_IDS = torch.arange(0, len(CHARACTERS), 4)  # many, so that rows end at different times
 PROMPTS = ["1+2=", "17+5=", "9=", "abc 12+34=", "4+4;", "a=b+c+7="]  # 4 for every step, of the 5 not held out
 COMMON = dict(
     data="data.jsonl", num_prompts=4, group_size=4, max_new_tokens=8, temperature=0.8, beta=0.5,
@@ -100,11 +101,15 @@ def updates(
     )
     layer = next(module for name, module in policy.named_modules() if name.endswith("mlp"))
     layer.register_forward_pre_hook(lambda *_: passes.append(None))
-    eos_ids = torch.arange(0, len(CHARACTERS), 4)  # many, so that rows end at different times
+    load_problems = script.load_problems
 
-    def reward(completion: str, answer: str) -> float:
-        completions.append((completion, answer))
-        return len(set(completion)) / (3 + int(answer))
+    def reward(completion: str, problem: dict) -> float:
+        completions.append((completion, problem["answer"]))
+        return len(set(completion)) / (3 + int(problem["answer"]))
+
+    def with_these_ends(*args) -> tuple:
+        tokenizer, _, problems, held_out = load_problems(*args)
+        return tokenizer, EOS_IDS, problems, held_out
 
     def plain_gradient_descent(model: nn.Module, *_) -> Tensor:
         """A step that is proportional to the gradient; the next update's ratios are not 1."""
@@ -117,9 +122,11 @@ def updates(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(family)
-        patch.setattr(script, "load_policy", lambda *_: (policy, eos_ids))
+        patch.setattr(script, "load_problems", with_these_ends)
+        patch.setattr(script, "load_policy", lambda *_: policy)
         patch.setattr(script, "reward", reward)
         patch.setattr(script, "optimizer_step", plain_gradient_descent)
+        patch.setattr(script, "check_models", lambda *_: None)
         patch.setattr(script, "can_share_prompt", lambda *x: x[2].share_prompt and not x[2].gradient_checkpointing)
         patch.setattr(script.Run, "save", lambda *_: None)
         patch.setattr("torch.utils.tensorboard.SummaryWriter", Mock())
@@ -155,12 +162,12 @@ def in_another_order(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
 
 def in_other_micro_batch_rows(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
     """The last micro-batch first, and its last row first."""
-    split_batch = script.split_batch
+    split_minibatch = script.split_minibatch
 
     def backwards(*args):
-        return [[rows.flip(0) for rows in reversed(minibatch)] for minibatch in split_batch(*args)]
+        return [index.flip(0) for index in reversed(split_minibatch(*args))]
 
-    patch.setattr(script, "split_batch", backwards)
+    patch.setattr(script, "split_minibatch", backwards)
 
 
 def with_more_padding(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
@@ -232,7 +239,7 @@ def options_of(script: ModuleType, setting: str) -> dict:
 @SCRIPTS
 @pytest.mark.parametrize(("family", "setting", "variant"), CASES, indirect=["family"])
 def test_the_gradient_of_the_update_does_not_depend_on_how_the_batch_is_computed(script, family, setting, variant):
-    """Property 42, in float64 to 1e-10, and in float32 to 1e-4, relative to the gradient of each update."""
+    """In float64 to 1e-10, and in float32 to 1e-4, relative to the gradient of each update."""
     options, vary = VARIANTS[variant]
     expected_completions, expected, plain_passes = plain_updates(script, family, setting)
     completions, gradients, passes = updates(script, family, options_of(script, setting) | options, vary)
@@ -273,29 +280,67 @@ def test_the_gradients_of_the_minibatches_have_the_gradient_of_the_batch_as_thei
         assert ((first + second) / 2 - gradient).norm() <= 1e-10 * gradient.norm()
 
 
+def equal_in_the_second_step(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+    """Rewards of 0.1, a number that is not exact, after the 16 of the first step."""
+    reward, calls = script.reward, itertools.count()
+    patch.setattr(script, "reward", lambda *given: reward(*given) if next(calls) < 16 else 0.1)
+
+
 @pytest.mark.parametrize("family", ["gpt2"], indirect=True)
-def test_groups_that_teach_nothing_are_left_out_with_the_gradient_of_all_groups(family):
-    """Without a KL a group of equal rewards has the advantage 0: computed or left out, it is the same update."""
-    left_out, options = [], options_of(grpo, "sequence, two epochs") | dict(beta=0.0)
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_groups_of_equal_rewards_leave_a_gradient_of_exactly_0_without_a_kl(family, baseline, scale):
+    """DeepSeekMath 4.1.2: their advantages are 0. With a KL there is something to learn, once the policy has moved."""
+    options = options_of(grpo, "sequence") | dict(advantage_baseline=baseline, advantage_scale=scale)
+    for beta in (0.0, 0.5):
+        _, (first, second), _ = updates(grpo, family, options | dict(beta=beta), equal_in_the_second_step)
+        assert first.norm() > 1e-3
+        assert second.ne(0).any() == (beta > 0)
 
-    def some_equal(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-        reward = script.reward
-        patch.setattr(script, "reward", lambda text, answer: 0.1 if answer in "024" else reward(text, answer))
 
-    def all_computed(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
-        some_equal(patch, script)
-        split_batch = script.split_batch
+@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("average", AVERAGES)
+def test_truncated_completions_stay_whole_and_weigh_nothing(family, average):
+    """DAPO's overlong filtering is a matter of the loss alone; its means count the tokens of the others."""
+    parts, micro_batches = [], grpo.micro_batches
 
-        def all_groups(batch, has_signal, *args):
-            left_out.append((~has_signal).sum())
-            return split_batch(batch, torch.ones_like(has_signal), *args)
+    def kept(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
+        patch.setattr(script, "micro_batches", lambda *args: parts.extend(micro_batches(*args)) or parts)
 
-        patch.setattr(script, "split_batch", all_groups)
+    updates(grpo, family, options_of(grpo, average) | dict(mask_truncated=True, num_steps=1, max_new_tokens=4), kept)
+    (batch,) = parts
+    ended = (torch.isin(batch.completion_ids, EOS_IDS) & batch.completion_mask).any(1)
+    truncated = ~ended
+    assert 0 < truncated.sum() < 16
+    assert batch.completion_mask[truncated].all()
+    assert (ended & batch.completion_mask.all(1)).any()  # as long, but not truncated
+    expected = grpo.loss_weights(batch.completion_mask & ended[:, None], average, 4)
+    assert expected[truncated].eq(0).all()
+    assert torch.equal(batch.weights, expected)
 
-    (_, found, _), (_, expected, _) = (updates(grpo, family, options, vary) for vary in (some_equal, all_computed))
-    assert left_out[0] > 0
-    for gradient, of_all in zip(found, expected, strict=True):
-        assert (gradient - of_all).norm() <= 1e-10 * of_all.norm()
+
+# ----- The step of the optimizer -----
+
+
+@SCRIPTS
+@pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf, -torch.inf, 1e38])
+def test_there_is_no_step_where_the_norm_is_0_or_not_finite(script, bad):
+    """Only AdamW's momentum would move the weights; NaN would stay in it for good. The norm of 1e38s overflows."""
+    weight = torch.nn.Parameter(torch.ones(100))
+    module, optimizer = nn.ParameterList([weight]), torch.optim.AdamW([weight], lr=0.1)
+    step = lambda gradient: script.optimizer_step(module, optimizer, max_grad_norm=1.0)
+    weight.grad = torch.ones(100)
+    step(weight)
+    before, momentum = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
+    assert (before < 1).all()
+    weight.grad = torch.zeros(100) if bad in (0.0, 1e38) else torch.ones(100)
+    weight.grad[:50] = bad
+    step(weight)
+    assert torch.equal(weight, before)
+    assert torch.equal(optimizer.state[weight]["exp_avg"], momentum)
+    weight.grad = torch.ones(100)
+    step(weight)
+    assert (weight < before).all()
 
 
 # ----- The first step: what was sampled is what is scored -----
@@ -309,7 +354,7 @@ def sample(script, policy, temperature, share_prompt, group_size=4, max_new_toke
     uniforms = (len(IDS) * group_size, max_new_tokens)
     uniforms = torch.rand(uniforms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     batch = script.Batch(*prompts, *script.generate_completions(policy, *prompts, uniforms, temperature, ENDS))
-    return batch if share_prompt else batch.unshared()
+    return batch if share_prompt else with_copies(batch)
 
 
 @SCRIPTS
@@ -332,7 +377,7 @@ def test_before_the_first_update_the_ratio_is_1_and_the_kl_is_0(script, name, te
 
     logprobs, old_logprobs, ref_logprobs = score(policy), score(policy).detach(), score(ref_policy).detach()
     torch.testing.assert_close(logprobs.detach(), sampled, atol=3e-5, rtol=0)
-    assert (logprobs[ended] < 0).all()  # pitfall 1: the end token counts
+    assert (logprobs[ended] < 0).all()  # the end token counts, although it is the padding
     for estimator in ("k1", "k2", "k3"):
         assert kl_estimate(logprobs, ref_logprobs, estimator).eq(0).all()
     weights = script.loss_weights(mask, "sequence", 10)

@@ -101,9 +101,8 @@ def prepare(job: dict, case: Case) -> dict:
         random_model(folder, SHAPES[job["shape"]], job["model"])
     model = str(grpo.TINY if case.tiny else folder if job["shape"] else job["model"])
     lines = Path(grpo.Args.data if case.tiny or not job["data"] else job["data"]).read_text().splitlines()
-    problems = [grpo.read_problem(json.loads(line)) for line in lines]
-    chosen = itertools.islice(itertools.cycle(problems), case.num_prompts * (job["steps"] + 1))
-    prompts = [prompt for prompt, _ in chosen]
+    prompts = [grpo.read_prompt(json.loads(line)) for line in lines]
+    prompts = [*itertools.islice(itertools.cycle(prompts), case.num_prompts * (job["steps"] + 1))]
     if AutoTokenizer.from_pretrained(model).chat_template:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     Path(job["prompts"]).write_text("".join(json.dumps({"prompt": p, "answer": "0"}) + "\n" for p in prompts))
@@ -127,14 +126,14 @@ def train_ours(job: dict, case: Case) -> dict:
 
     import grpo
 
-    load, rewards = grpo.load_policy, itertools.count()
+    load, rewards = grpo.load_problems, itertools.count()
 
-    def load_policy(*which):
-        policy, ends = load(*which)
-        return policy, ends if case.natural else torch.full_like(ends[:1], -1)
+    def load_problems(*which):
+        tokenizer, ends, *problems = load(*which)
+        return tokenizer, ends if case.natural else torch.full_like(ends[:1], -1), *problems
 
-    grpo.load_policy = load_policy
-    grpo.reward = lambda completion, answer: float(next(rewards))
+    grpo.load_problems = load_problems
+    grpo.reward = lambda completion, problem: float(next(rewards))
     grpo.Run.save = lambda *_: None
     before = peak_memory(job["device"])
     options = {name: getattr(case, name) for name in ("num_prompts", "group_size", "max_new_tokens", "beta", "dtype")}
@@ -204,7 +203,8 @@ def train_trl(job: dict, case: Case) -> dict:
         return output
 
     def checked_tokenize(prompts):
-        found, expected = tokenize(prompts), [grpo.encode_prompt(tokenizer, r["prompt"]) for r in steps[len(sample)]]
+        found = tokenize(prompts)
+        expected = [grpo.encode_prompt(tokenizer, row["prompt"], []) for row in steps[len(sample)]]
         assert found[0] == [ids for ids in expected for _ in range(case.group_size)], "TRL sees other prompts than ours"
         return found
 

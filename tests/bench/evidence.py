@@ -7,7 +7,7 @@
     python tests/bench/evidence.py runs --only kl --steps 40
     python tests/bench/evidence.py sums                                  writes sums_train.jsonl and sums_test.jsonl
     python tests/bench/evidence.py runs --only pretrained --steps 40     a real model, in folder smollm2, learns them
-    python tests/bench/evidence.py tables --only kl                      the README's tables, in markdown
+    python tests/bench/evidence.py tables --only kl --steps 40           the README's tables, in markdown
     python tests/bench/evidence.py pictures --steps 20                   .github/learning-light.svg and -dark.svg
 
 Pictures want tests/bench/requirements-evidence.txt. Each group of experiments has a file GROUP-STEPS.csv in --csv; its
@@ -15,7 +15,7 @@ first lines say how to repeat it. A run that stands there is not run again, so w
 command; one whose flags have changed below is run anew. Runs live in runs/evidence/.
 
 Columns: reward, length (tokens) and kl (nats a token, as the run estimates it) of the completions sampled in a step;
-greedy, sampled (accuracies), eval_length and exact_kl (nats a token, whatever the run estimates; tiny model only), on
+greedy, sampled (mean rewards), eval_length and exact_kl (nats a token, whatever the run estimates; tiny model only), on
 the held-out problems after it; completion_tokens sampled, and seconds of sampling and updating, of all steps so far.
 """
 
@@ -66,7 +66,7 @@ COLUMNS = {  # of a file: (curve of the run, format in the tables, axis of its p
     "reward": ("reward/mean", "", "mean reward, 0 to 1"),
     "length": ("completion/length", "", "completion length, tokens"),
     "kl": ("policy/kl", ".3f", "KL from the reference, nats a token"),
-    "greedy": ("eval/accuracy", ".3f", "held-out accuracy, greedy, 0 to 1"),
+    "greedy": ("eval/greedy", ".3f", "held-out reward, greedy, 0 to 1"),
     "sampled": ("eval/sampled", ".3f", ""),
     "eval_length": ("eval/length", ".1f", ""),
     "exact_kl": ("", ".3f", ""),
@@ -153,12 +153,12 @@ def exact_kl(folder: Path) -> float:
     import kl
 
     args, cpu = grpo.check_args(grpo.Args()), torch.device("cpu")
-    tokenizer, _, held_out = grpo.load_problems(args)
+    _, eos_ids, _, held_out = grpo.load_problems(args, cpu)
     with LOADING:
-        (policy, ends), (ref_policy, _) = (grpo.load_policy(str(x), tokenizer, cpu) for x in (folder, grpo.TINY))
+        policy, ref_policy = (grpo.load_policy(str(x), cpu) for x in (folder, grpo.TINY))
     prompts = grpo.pad_prompts([ids for ids, _ in held_out], cpu)
-    uniforms = torch.rand(len(prompts[0]), args.max_new_tokens, dtype=torch.float64, generator=grpo.seed_step(0, 0))
-    batch = grpo.Batch(*prompts, *grpo.generate_completions(policy, *prompts, uniforms, args.temperature, ends))
+    uniforms = torch.rand(len(prompts[0]), args.max_new_tokens, dtype=torch.float64, generator=grpo.reseed(0, 0))
+    batch = grpo.Batch(*prompts, *grpo.generate_completions(policy, *prompts, uniforms, args.temperature, eos_ids))
     with torch.no_grad():
         logits = [grpo.predict_completions(x, batch)[batch.completion_mask] for x in (policy, ref_policy)]
         return kl.exact_kl(*logits).mean().item()
@@ -253,7 +253,8 @@ def pictures(args: argparse.Namespace) -> None:
                 axes.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True))
             panels[0, 0].legend(frameon=False, loc="lower right")
             figure.savefig(path := args.csv.parent / f"learning-{theme}.svg", transparent=True, metadata={"Date": None})
-        path.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", path.read_text()))  # a hundredth of a point will do
+        # A hundredth of a point will do, but not in texts, such as the ticks of an axis.
+        path.write_text(re.sub(r">[^<]*<|(\d\.\d\d)\d+", lambda found: found[1] or found[0], path.read_text()))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def a_step(job: dict, case: compare.Case) -> dict:
     )  # fmt: skip
     Path("prompts").write_text((json.dumps({"prompt": PROMPT, "answer": "0"}) + "\n") * case.num_prompts)
     if job["update_only"]:  # sampling holds (N, V) numbers, which would hide what the update needs: random tokens
-        tokens = torch.randint(job["vocab"], (case.num_prompts, case.group_size, case.max_new_tokens))
+        tokens = torch.randint(job["vocab"], (case.num_prompts * case.group_size, case.max_new_tokens))
         grpo.generate_completions = lambda *_: (tokens, torch.ones_like(tokens, dtype=torch.bool), tokens * 0.0)
     model = compare.random_model(Path("model"), shape, None)
     found = compare.train_ours(job | {"model": model, "prompts": "prompts"}, case)
