@@ -72,8 +72,8 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor) -> Tensor:
 
     One step per output, at its last token, is outcome supervision: `group_advantages` on every token.
 
-    In grpo.py these lines would replace the two of step 2; in step 4 `advantages` has its shape already, so the line
-    with `expand_as` goes. Every finished column of a sum, which ends in ";", earns 0.1:
+    In grpo.py, with the KL in the loss, these lines would replace the two of step 2; `advantages` then has its shape,
+    so the line with `expand_as` goes. Every finished column of a sum, which ends in ";", earns 0.1:
 
         mask = batch.completion_mask                                                        # (N, T)
         last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
@@ -100,7 +100,7 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor) -> Tensor:
     std = (centred.square().sum(dim=1, keepdim=True) / (num_steps - 1).clamp(min=1)).sqrt()
     equal = rewards.where(ends, -torch.inf).amax(1, True) == rewards.where(ends, torch.inf).amin(1, True)
     normalised = (centred / (std + STD_EPS)).masked_fill(equal, 0.0).view_as(step_rewards)  # (B, G, T)
-    return normalised.flip(2).cumsum(2).flip(2)                                             # sum over steps >= t
+    return normalised.flip(2).cumsum(2).flip(2)                                             # sum over steps that end at t or later
 
 
 def gae(
@@ -150,7 +150,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     Args:
         x: any shape.
         mask: the shape of x, bool.
-        shift_mean: False adds the mean back: rewards are only scaled, since their sign has a meaning.
+        shift_mean: False adds the mean back, so that it is kept; the sign of a single number may change.
 
     Returns:
         The shape of x, 0 where mask is false. The variance is the population one, and becomes var / (var + 1e-8).

@@ -5,7 +5,7 @@ Papers: DeepSeekMath (arXiv 2402.03300) sections 4.1.1 and 4.1.2 and Algorithm 1
 objective. Flags add what came later: parts of DAPO (2503.14476), Dr. GRPO (2503.20783), RLOO (2402.14740), GSPO
 (2507.18071) and the importance-weighted KL of DeepSeek-V3.2 (2512.02556).
 
-The policy pi_theta is a causal language model: after a prompt q, it gives every next token a probability. Each step:
+The policy pi_theta is a causal language model: after a prompt q, it assigns every next token a probability. Each step:
 
     1. Generate G completions o_1 .. o_G per prompt with the old policy            generate_completions
     2. Compute each completion's advantage: its reward relative to its group       group_advantages (advantage.py)
@@ -24,7 +24,7 @@ mean; the KL keeps it near the reference policy, so that it still writes the lan
     r_i          rewards             (N,)         the reward of a completion
     A_{i,t}      advantages          (N, T)       in standard deviations of the group (scale "none": as rewards)
     pi_theta     logprobs            (N, T)       log pi_theta(o_{i,t} | q, o_{i,<t}) at the sampling temperature, nats
-    pi_old       old_logprobs        (N, T)       the same under the weights that sampled
+    pi_old       old_logprobs        (N, T)       the same under the parameters that sampled
     pi_ref       ref_logprobs        (N, T)       the same under the reference policy, which is frozen
     w_{i,t}      ratio               (N, T)       pi_theta / pi_old
     D_KL         kl                  (N, T)       k3 = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1 by default, nats
@@ -39,9 +39,9 @@ is 0 or not finite (the paper states none of these).
     python grpo.py                                     a tiny model learns two-digit addition, without any download
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data test.jsonl --max-new-tokens 512
 
-Up to the banner SPEED stands the algorithm, under SPEED what gives the same numbers in less time or memory, and under
-PLUMBING what has to do with files, processes and errors. For a task of your own, copy this file with advantage.py and
-kl.py and change the block marked CHANGE THIS.
+The algorithm comes first. Below SPEED is what gives the same numbers, up to rounding, in less time or memory; below
+PLUMBING are files, processes and errors. For a task of your own, copy this file with advantage.py and kl.py and change
+the block marked CHANGE THIS.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ class Args:
     kl_placement: Literal["loss", "reward"] = "loss"
     """"loss": DeepSeekMath Eq. 3; "reward": subtracted from the reward as in PPO for RLHF, best with k1, see kl.py"""
     kl_importance_weight: bool = False
-    """multiply the KL in the loss by the ratio: its gradient becomes that of KL[policy, reference] (DeepSeek-V3.2)"""
+    """multiply k1 or k3 in the loss by the ratio: the gradient is then that of KL[policy, reference] (DeepSeek-V3.2)"""
     ref_refresh_every: int = 0
     """steps after which pi_ref <- pi_theta, as in iterative GRPO (DeepSeekMath 4.1.4 and Algorithm 1); 0: never"""
     clip_eps: float = 0.2
@@ -137,7 +137,7 @@ class Args:
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
     """subtracted from the reward: the group's mean (DeepSeekMath) or the mean of the others (RLOO)"""
     mask_truncated: bool = False
-    """leave completions without an EOS token out of the loss (DAPO's overlong filtering)"""
+    """leave completions without an EOS token out of the loss, but not out of their group (DAPO's overlong filtering)"""
     # The machine
     share_prompt: bool = True
     """run a prompt once for all its completions in a micro-batch, as in sampling; off if the model cannot do that"""
@@ -163,15 +163,15 @@ class Args:
 
 
 # ============================ CHANGE THIS: the task =============================
-# A task is three functions, and nothing outside this block knows it. Here a completion must end in the right number,
-# after the marker "#". The files of GSM8K are in this format.
+# A task is read_prompt, reward and compute_rewards; nothing outside this block knows it. Here a completion must end in
+# the right number, after the marker "#". The files of GSM8K are in this format.
 
 INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 
 
 def read_prompt(problem: dict) -> str | list[dict[str, str]]:
     """The prompt of a problem, a line of --data: text, or chat messages with "role" and "content". A "prompt" is used
-    as it is; INSTRUCTION is appended to a "question". An error here refuses the line."""
+    as it is; INSTRUCTION is appended to a "question". If it raises an error, the line is refused."""
     if not isinstance(problem["answer"], str) or final_number("#" + problem["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
     return problem["prompt"] if "prompt" in problem else problem["question"] + INSTRUCTION
@@ -205,13 +205,14 @@ def compute_rewards(completions: list[str], problems: list[dict]) -> list[float]
 
 
 class Batch(NamedTuple):
-    """B prompts and their N = B G completions: G to the first prompt, then G to the second, and so on."""
+    """B prompts and their N = B G completions: G to the first prompt, then G to the second, and so on. Below, B' and N'
+    are those of a minibatch or of a micro-batch."""
 
     prompt_ids: Tensor          # (B, P), left-padded
     prompt_mask: Tensor         # (B, P), bool, true on the tokens
     completion_ids: Tensor      # (N, T), right-padded
     completion_mask: Tensor     # (N, T), bool, true through the EOS token
-    sampler_logprobs: Tensor    # (N, T), from the sampler, perhaps in bfloat16; used only for policy/sampler_gap
+    sampler_logprobs: Tensor    # (N, T), from the sampler, whose weights may be bfloat16; for policy/sampler_gap
     old_logprobs: Tensor | None = None  # (N, T), and so are all below
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
@@ -236,11 +237,11 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
     if temperature == 0:
         tokens = logp.argmax(-1)                                                            # (R,)
     else:
-        # The first token whose cumulative probability exceeds the random number. By rounding, the total is not quite 1,
-        # and a random number below 1 may be 1.
+        # The first token whose cumulative probability exceeds the random number. By rounding, the total is not exactly
+        # 1, and in float32 a random number just below 1 can be 1.
         cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (R, V)
-        below = uniforms[:, None].clamp(max=1 - torch.finfo(uniforms.dtype).eps) * cdf[:, -1:]  # (R, 1)
-        tokens = torch.searchsorted(cdf, below, right=True)[:, 0]                           # (R,)
+        threshold = uniforms[:, None].clamp(max=1 - torch.finfo(uniforms.dtype).eps) * cdf[:, -1:]  # (R, 1)
+        tokens = torch.searchsorted(cdf, threshold, right=True)[:, 0]                           # (R,)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -254,7 +255,7 @@ def generate_completions(
         token, drawn in advance, so that a completion depends neither on the other rows nor on the process.
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is now the length of the longest completion.
     """
-    # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
+    # float64 keeps the rare tokens of a large vocabulary apart; MPS has no float64.
     dtype = torch.float32 if prompt_ids.device.type == "mps" else torch.float64
     uniforms = uniforms.to(prompt_ids.device, dtype)                                        # (N, T)
     ids = prompt_ids.new_zeros(uniforms.shape)                                              # (N, T)
@@ -262,7 +263,7 @@ def generate_completions(
     running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
     decoder = Decoder(policy, prompt_ids, prompt_mask, ids.shape)                          # repeats each prompt G times
     for t in range(ids.shape[1]):
-        # The logits after q and o_{<t}, of all rows that still run, and of some that have ended.
+        # The logits after q and o_{<t}. Rows that have ended may be among them: the mask removes their tokens.
         rows, logits = decoder.next_logits(ids[:, :t], running)                             # (R,); (R, V)
         if len(rows) == 0:
             break
@@ -281,13 +282,14 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
     """The model's output in every state s_t = (q, o_{<t}), (N, T, V): logits that predict o_t, or one value (V = 1)."""
     if len(batch.prompt_ids) < len(batch.completion_ids):
         return predict_shared(model, batch)  # the same, but each prompt runs once for its completions: see SPEED
-    # Prompt and completion in one row, padding last, so that the model needs neither mask nor positions.
+    # Here every completion has a copy of its prompt: B = N. Both in one row, padding last, so that the model needs
+    # neither mask nor positions.
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                         # (N, P + T)
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
     ids = pad_sequence(ids, batch_first=True)                                               # (N, L)
     # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
     t = torch.arange(batch.completion_ids.shape[1], device=ids.device)                      # (T,)
-    before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)   # (N, T)
+    before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)   # (N, T), any in the padding
     # Two-dimensional logits_to_keep: the positions of each row that are projected to logits.
     return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits              # (N, T, V)
 
@@ -298,7 +300,7 @@ def completion_logprobs(
     """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding."""
     logits = predict_completions(policy, batch)                                             # (N, T, V)
     assert logits.shape[:2] == batch.completion_ids.shape, "the model ignores logits_to_keep"
-    # Near -6 bfloat16 rounds by up to 0.016, so the rest is in float32.
+    # A log-probability near -6 would be off by up to 0.016 in bfloat16, so log_softmax runs in float32.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # (N, T, V)
     logprobs = logp.gather(2, batch.completion_ids[..., None])[..., 0]                      # (N, T)
@@ -369,7 +371,7 @@ def grpo_loss(
         kl = kl_estimate(logprobs.where(completion_mask, 0.0), ref_logprobs.where(completion_mask, 0.0), kl_estimator)
         if kl_importance_weight:
             kl = token_ratio * kl  # DeepSeek-V3.2: its gradient is then that of KL[pi_theta, pi_ref], see kl.py
-        if beta:  # with 0 the KL is only a metric
+        if beta:  # if it is 0, the KL is only a metric
             objective = objective - beta * kl                                               # (..., T)
 
     loss = -(objective * weights).sum()                                                     # scalar, -J
@@ -435,24 +437,24 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         groups = rewards.view(-1, args.group_size)                                          # (B, G)
         advantages = group_advantages(groups, args.advantage_scale, args.advantage_baseline)  # (B, G)
 
-        # ---- 3. The KL from the reference (Eq. 4): the same tokens under pi_ref (and pi_old), without gradient ----
+        # ---- 3. For the KL from the reference (Eq. 4): these tokens under pi_ref (and pi_old), without gradient ----
         with torch.no_grad(), autocast:
             if ref_policy:
                 ref_logprobs = score_batch(score, ref_policy, batch, minibatches, args)     # (N, T)
                 batch = batch._replace(ref_logprobs=ref_logprobs)
             # pi_old is the trainer's own forward pass under the weights that sampled, on the micro-batches of the
-            # update, so that the first ratio is exactly 1. If there is one update, it is pi_theta itself: see 4.
+            # update, so that the first ratio is exactly 1. With a single update it is logprobs.detach() in step 4.
             if len(minibatches) * args.update_epochs > 1 or args.kl_placement == "reward":
                 old_logprobs = score_batch(score, policy, batch, minibatches, args)         # (N, T)
                 batch = batch._replace(old_logprobs=old_logprobs)
         if ref_policy and args.kl_placement == "reward":
-            # Eq. 3 has the KL in the loss. Here, as in PPO for RLHF, the reward pays for it before it is compared.
+            # Eq. 3 has the KL in the loss. Here, as in PPO for RLHF, it is subtracted from the reward instead.
             kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, args.kl_estimator)     # (N, T)
             groups = groups - args.beta * kl.sum(-1).view_as(groups)                        # (B, G)
             advantages = group_advantages(groups, args.advantage_scale, args.advantage_baseline)  # (B, G)
 
         # ---- 4. The clipped loss plus beta times the KL (Eq. 3), and the update, mu times ----
-        # The weights are those of the whole batch, of which a minibatch holds 1 / num_minibatches, hence the factor.
+        # The weights divide by the whole batch. A minibatch is 1 / num_minibatches of it, hence the factor.
         counted = batch.completion_mask & ended[:, None] if args.mask_truncated else batch.completion_mask  # (N, T)
         weights = args.num_minibatches * loss_weights(counted, args.loss_average, args.max_new_tokens)  # (N, T)
         advantages = advantages.view(-1, 1).expand_as(weights)                              # (N, T)
@@ -460,7 +462,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         metrics = Metrics()
         for _ in range(args.update_epochs):
             for minibatch in minibatches:
-                # The gradients of the parts, and of the processes, add up to the gradient of the minibatch.
+                # The gradients of the parts add up to that of the minibatch; FSDP adds up those of the processes.
                 for part in micro_batches(policy, batch, minibatch, args):
                     with autocast:
                         logprobs, entropy = completion_logprobs(policy, part, args.temperature)  # (N', T), each
@@ -487,7 +489,8 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
 
 
 # ==================================== SPEED =====================================
-# The same numbers in less time or memory. Each docstring says which plain thing the function stands for.
+# The same numbers, up to rounding, in less time or memory. The docstrings say which plain thing a function stands for.
+# The last functions try the models before training.
 
 STOP_TEST_EVERY = 4  # tokens between tests for ended rows: a test waits for the device, dropping rows copies the cache
 
@@ -568,7 +571,8 @@ def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache:
 
 
 def make_sampler(policy: nn.Module, dtype: str) -> nn.Module:
-    """The model that samples: the policy itself, or a whole copy in the dtype of the computation. Stands for policy."""
+    """The model that samples: the policy, or a whole copy in the dtype of the computation. Stands for the policy, from
+    which a copy in bfloat16 differs by rounding (policy/sampler_gap)."""
     if dtype == "float32" and not dist.is_initialized():
         return policy
     sampler = copy.deepcopy(policy).requires_grad_(False)
@@ -579,14 +583,14 @@ def make_sampler(policy: nn.Module, dtype: str) -> nn.Module:
 
 @torch.no_grad()
 def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
-    """Copy the policy's weights to the sampler, where it is not the policy itself."""
+    """pi_old <- pi_theta: copy the policy's weights to the sampler, where it is not the policy itself."""
     for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
         copied.copy_(full_tensor(current))
 
 
 def predict_shared(model: nn.Module, batch: Batch) -> Tensor:
-    """`predict_completions` where G' > 1 completions share a prompt: it runs once, as in `Decoder`, and its gradient is
-    the sum over its completions. Returns (N, T, V)."""
+    """Stands for `predict_completions` with copies of the prompts. Here G' > 1 completions share a prompt, which runs
+    once, as in `Decoder`; its gradient is the sum over its completions. Returns (N, T, V)."""
     group_size = len(batch.completion_ids) // len(batch.prompt_ids)                         # G'
     position_ids = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                           # (B, P)
     # Its last state is projected once per completion, because a product of one row may be rounded differently.
@@ -604,15 +608,15 @@ def predict_shared(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def token_entropy(logp: Tensor) -> Tensor:
-    """`-(logp.exp() * logp).sum(-1)`, (N, T, V) -> (N, T), in pieces that fit in the cache of a CPU. 0 log 0 is 0, and
-    so is its gradient: the clamp avoids 0 * -inf where a model masks a token with -inf."""
+    """Stands for `-(logp.exp() * logp).sum(-1)`, (N, T, V) -> (N, T): in pieces that fit in a CPU cache. 0 log 0
+    and its gradient are 0: the clamp avoids 0 * -inf where a model masks a token with -inf."""
     pieces = logp.flatten(0, 1).split(max(1, 2**20 // logp.shape[2]))                       # of (N T, V)
     sums = [(x.exp() * x.clamp(min=torch.finfo(x.dtype).min)).sum(-1) for x in pieces]
     return -torch.cat(sums).view(logp.shape[:2])
 
 
 def max_logits(device: torch.device) -> int:
-    """Most logits in one pass of the update: in float32, 256 MB on a CPU and a 24th of the memory of a GPU."""
+    """Most logits in a micro-batch: in float32, 256 MB on a CPU and a 24th of the memory of a GPU."""
     return torch.cuda.get_device_properties(device).total_memory // 96 if device.type == "cuda" else 2**26
 
 
@@ -631,7 +635,7 @@ def split_minibatch(model: nn.Module, batch: Batch, minibatch: Tensor, args: Arg
     logits_per_token, most_logits = model.config.get_text_config().vocab_size, max_logits(batch.prompt_ids.device)
 
     def fits(n: int) -> bool:
-        """A copy of the keys and values of a prompt takes about an eighth of the memory of its activations."""
+        """Whether n completions fit. A copy of a prompt's keys and values takes an eighth of its activations."""
         tokens = n * T + math.ceil(n / G) * P + n * P / 8
         return n * T * logits_per_token <= most_logits and tokens <= args.micro_batch_tokens
 
@@ -641,7 +645,7 @@ def split_minibatch(model: nn.Module, batch: Batch, minibatch: Tensor, args: Arg
 
 
 def take_completions(batch: Batch, index: Tensor, share_prompt: bool) -> Batch:
-    """The completions at these indices, (N',), with their prompts, all cut to the longest of them. Completions share a
+    """Every column at these indices, (N',), with the prompts, all cut to the longest of them. Completions share a
     prompt, or each has a copy; to share, the indices must be whole groups, or a part of one."""
     group_size = len(batch.completion_ids) // len(batch.prompt_ids)
     prompts = index[:: group_size if share_prompt else 1] // group_size                     # (B',) or (N',)
@@ -658,7 +662,7 @@ def micro_batches(model: nn.Module, batch: Batch, minibatch: Tensor, args: Args)
 
 
 def score_batch(score: Callable, model: nn.Module, batch: Batch, minibatches: tuple, args: Args) -> Tensor:
-    """`score(model, batch)`, (N, T), on the micro-batches of the update, so that these are the same numbers."""
+    """Stands for `score(model, batch)`, (N, T): on the micro-batches of the update, so that these are equal."""
     result = torch.zeros(batch.completion_ids.shape, device=batch.prompt_ids.device)
     for minibatch in minibatches:
         for index in split_minibatch(model, batch, minibatch, args):

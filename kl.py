@@ -6,20 +6,20 @@
     adaptive_beta   Ziegler et al. (arXiv 1909.08593): a beta that steers the KL to a target
     penalty_beta    PPO (arXiv 1707.06347) section 4: a beta that doubles or halves
 
-A good estimator is not a good loss. This is the gradient that each estimator has on average, for completions sampled
-from the policy itself, with KL = KL[policy, reference] and the reverse KL[reference, policy]:
+A good estimator is not a good loss. This is the gradient that each estimator has on average, token by token, for
+completions sampled from the policy, with KL = KL[policy, reference]:
 
     estimator    where     mean gradient
-    k1           reward    of KL over whole completions, if gamma = lambda = 1 and advantages are not scaled
+    k1           reward    of KL; of whole completions without discount (gamma = lambda = 1) and without any scaling
     k2           reward    0 to first order: it hardly holds the policy
     k3           reward    of KL - KL[reference, policy], which is 0 to first order as well
     k1           loss      0: it adds only noise
-    k2           loss      of KL, token by token
-    k3           loss      of KL[reference, policy], token by token; near the reference the same to first order
-    w * k1       loss      of KL, token by token, for completions of pi_old, too; w = pi_theta / pi_old has a gradient
+    k2           loss      of KL
+    k3           loss      of KL[reference, policy]; near the reference the same to first order
+    w * k1       loss      of KL, also for completions of pi_old; w = pi_theta / pi_old carries gradient
     w * k3       loss      the same (DeepSeek-V3.2)
 
-In the reward, every token answers for the KL of all tokens that follow it. In the loss, it answers for its own.
+In the reward, a token answers for its own KL and that of all tokens after it. In the loss, it answers for its own.
 """
 
 import torch
@@ -37,8 +37,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
         estimator: "k1", "k2" or "k3".
 
     Returns:
-        The same shape; differentiable in both arguments. Nothing is clamped: where it is clamped, a policy that
-        is far off would have no gradient.
+        The same shape; differentiable in both arguments. Nothing is clamped: clamping would leave a
+        policy that is far off without gradient.
 
     >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-2.0]), "k3")       # r = 1/e: 1/e - 1 + 1
     tensor([0.3679])

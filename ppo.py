@@ -15,7 +15,7 @@ token, and an episode is a completion. Each step:
 
 grpo.py asks how much better a completion is than its group. Here the value model predicts the reward from every prefix,
 so one completion per prompt is enough and every token gets an advantage of its own. And the KL enters the reward before
-the advantages are computed, where GRPO has it in the loss: the tokens that led to a token also pay for its KL.
+the advantages are computed, where GRPO has it in the loss: earlier tokens, too, pay for the KL that they lead to.
 Advantage and KL still pull against each other, but inside one sum of rewards.
 
     symbol       name in the code    shape        meaning
@@ -30,13 +30,13 @@ Advantage and KL still pull against each other, but inside one sum of rewards.
     A_t          advantages          (N, T)       how much better a_t was than V(s_t) predicted
     V_t^targ     returns             (N, T)       A_t + V(s_t), before the advantages are whitened
     pi_theta     logprobs            (N, T)       log pi_theta(a_t | s_t) at the sampling temperature, in nats
-    pi_old       old_logprobs        (N, T)       the same under the weights that sampled
+    pi_old       old_logprobs        (N, T)       the same under the parameters that sampled
     pi_ref       ref_logprobs        (N, T)       the same under the reference policy, which is frozen
     r_t(theta)   ratio               (N, T)       pi_theta / pi_old (the PPO paper calls ratio and reward r_t)
     1/(BG|o|)    weights             (N, T)       the weight of a token in the losses
 
-Differs from the papers, each marked "Differs" where it happens: InstructGPT's Eq. 2 has one KL per completion, here
-every token pays its own, and its pretraining term is left out; the value model shares no parameter with the policy, so
+Differs from the papers, each marked "Differs" where it happens: InstructGPT's Eq. 2 has one KL per completion, which
+its tokens pay here, and a pretraining term, which is left out; the value model shares no parameter with the policy, so
 Eq. 9 splits into two losses, each with its own AdamW, and needs no c_1; the value loss has the 1/2 and the clipping of
 Ziegler et al.'s code, whose whitening of the advantages is here, too; the value model trains alone in the first steps;
 Eq. 8's KL is k3 of the sampled tokens; constant learning rates, gradient clipping, and no update where the gradient is
@@ -45,9 +45,9 @@ Eq. 8's KL is k3 of the sampled tokens; constant learning rates, gradient clippi
     python ppo.py                                      a tiny model learns two-digit addition, without any download
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data test.jsonl --max-new-tokens 512
 
-Up to the banner SPEED stands the algorithm, under SPEED what gives the same numbers in less time or memory, and under
-PLUMBING what has to do with files, processes and errors. For a task of your own, copy this file with advantage.py and
-kl.py and change the block marked CHANGE THIS.
+The algorithm comes first. Below SPEED is what gives the same numbers, up to rounding, in less time or memory; below
+PLUMBING are files, processes and errors. For a task of your own, copy this file with advantage.py and kl.py and change
+the block marked CHANGE THIS.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ class Args:
     value_warmup_steps: int = 5
     """first steps that train only the value model: it starts at 0 and predicts nothing until it has seen rewards"""
     value_clip_eps: float = 0.2
-    """a value further than this from its old value gains nothing more; in units of reward (Ziegler et al.'s code)"""
+    """a value further than this from its old value gets no more gradient; in units of reward (Ziegler et al.'s code)"""
     gamma: float = 1.0
     """discount per token (GAE Eq. 16); 1: none (InstructGPT)"""
     gae_lambda: float = 0.95
@@ -135,7 +135,7 @@ class Args:
     whiten_advantages: bool = True
     """shift and scale the advantages of a step to mean 0 and variance 1"""
     whiten_rewards: bool = False
-    """scale the token rewards of a step to variance 1, keeping their mean (Ziegler et al.'s code)"""
+    """scale the token rewards of a step to variance 1 around their mean (Ziegler et al.'s code)"""
     # The KL penalty
     beta: float = 0.02
     """weight of the KL from the reference policy (InstructGPT: 0.02); 0 loads no reference policy"""
@@ -155,7 +155,7 @@ class Args:
     entropy_coef: float = 0.0
     """c_2: weight of the entropy bonus (PPO Eq. 9)"""
     early_stop_kl: float | None = None
-    """end the epochs of a step once KL[pi_old, pi_theta] exceeds this many nats a token"""
+    """skip the other epochs of a step once KL[pi_old, pi_theta] exceeds this many nats a token"""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
     """"sequence": 1/|o_i| sum_t (DeepSeekMath Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
     # The machine
@@ -183,15 +183,15 @@ class Args:
 
 
 # ============================ CHANGE THIS: the task =============================
-# A task is three functions, and nothing outside this block knows it. Here a completion must end in the right number,
-# after the marker "#". The files of GSM8K are in this format.
+# A task is read_prompt, reward and compute_rewards; nothing outside this block knows it. Here a completion must end in
+# the right number, after the marker "#". The files of GSM8K are in this format.
 
 INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 
 
 def read_prompt(problem: dict) -> str | list[dict[str, str]]:
     """The prompt of a problem, a line of --data: text, or chat messages with "role" and "content". A "prompt" is used
-    as it is; INSTRUCTION is appended to a "question". An error here refuses the line."""
+    as it is; INSTRUCTION is appended to a "question". If it raises an error, the line is refused."""
     if not isinstance(problem["answer"], str) or final_number("#" + problem["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
     return problem["prompt"] if "prompt" in problem else problem["question"] + INSTRUCTION
@@ -225,13 +225,14 @@ def compute_rewards(completions: list[str], problems: list[dict]) -> list[float]
 
 
 class Batch(NamedTuple):
-    """B prompts and their N = B G completions: G to the first prompt, then G to the second, and so on."""
+    """B prompts and their N = B G completions: G to the first prompt, then G to the second, and so on. Below, B' and N'
+    are those of a minibatch or of a micro-batch."""
 
     prompt_ids: Tensor          # (B, P), left-padded
     prompt_mask: Tensor         # (B, P), bool, true on the tokens
     completion_ids: Tensor      # (N, T), right-padded
     completion_mask: Tensor     # (N, T), bool, true through the EOS token
-    sampler_logprobs: Tensor    # (N, T), from the sampler, perhaps in bfloat16; used only for policy/sampler_gap
+    sampler_logprobs: Tensor    # (N, T), from the sampler, whose weights may be bfloat16; for policy/sampler_gap
     old_logprobs: Tensor | None = None  # (N, T), and so are all below
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
@@ -258,11 +259,11 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
     if temperature == 0:
         tokens = logp.argmax(-1)                                                            # (R,)
     else:
-        # The first token whose cumulative probability exceeds the random number. By rounding, the total is not quite 1,
-        # and a random number below 1 may be 1.
+        # The first token whose cumulative probability exceeds the random number. By rounding, the total is not exactly
+        # 1, and in float32 a random number just below 1 can be 1.
         cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (R, V)
-        below = uniforms[:, None].clamp(max=1 - torch.finfo(uniforms.dtype).eps) * cdf[:, -1:]  # (R, 1)
-        tokens = torch.searchsorted(cdf, below, right=True)[:, 0]                           # (R,)
+        threshold = uniforms[:, None].clamp(max=1 - torch.finfo(uniforms.dtype).eps) * cdf[:, -1:]  # (R, 1)
+        tokens = torch.searchsorted(cdf, threshold, right=True)[:, 0]                           # (R,)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -276,7 +277,7 @@ def generate_completions(
         token, drawn in advance, so that a completion depends neither on the other rows nor on the process.
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is now the length of the longest completion.
     """
-    # float64 keeps the rare tokens of a large vocabulary apart; MPS has none.
+    # float64 keeps the rare tokens of a large vocabulary apart; MPS has no float64.
     dtype = torch.float32 if prompt_ids.device.type == "mps" else torch.float64
     uniforms = uniforms.to(prompt_ids.device, dtype)                                        # (N, T)
     ids = prompt_ids.new_zeros(uniforms.shape)                                              # (N, T)
@@ -284,7 +285,7 @@ def generate_completions(
     running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
     decoder = Decoder(policy, prompt_ids, prompt_mask, ids.shape)                          # repeats each prompt G times
     for t in range(ids.shape[1]):
-        # The logits after q and o_{<t}, of all rows that still run, and of some that have ended.
+        # The logits after q and o_{<t}. Rows that have ended may be among them: the mask removes their tokens.
         rows, logits = decoder.next_logits(ids[:, :t], running)                             # (R,); (R, V)
         if len(rows) == 0:
             break
@@ -303,13 +304,14 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
     """The model's output in every state s_t = (q, o_{<t}), (N, T, V): logits that predict o_t, or one value (V = 1)."""
     if len(batch.prompt_ids) < len(batch.completion_ids):
         return predict_shared(model, batch)  # the same, but each prompt runs once for its completions: see SPEED
-    # Prompt and completion in one row, padding last, so that the model needs neither mask nor positions.
+    # Here every completion has a copy of its prompt: B = N. Both in one row, padding last, so that the model needs
+    # neither mask nor positions.
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                         # (N, P + T)
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
     ids = pad_sequence(ids, batch_first=True)                                               # (N, L)
     # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
     t = torch.arange(batch.completion_ids.shape[1], device=ids.device)                      # (T,)
-    before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)   # (N, T)
+    before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)   # (N, T), any in the padding
     # Two-dimensional logits_to_keep: the positions of each row that are projected to logits.
     return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits              # (N, T, V)
 
@@ -320,7 +322,7 @@ def completion_logprobs(
     """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding."""
     logits = predict_completions(policy, batch)                                             # (N, T, V)
     assert logits.shape[:2] == batch.completion_ids.shape, "the model ignores logits_to_keep"
-    # Near -6 bfloat16 rounds by up to 0.016, so the rest is in float32.
+    # A log-probability near -6 would be off by up to 0.016 in bfloat16, so log_softmax runs in float32.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # (N, T, V)
     logprobs = logp.gather(2, batch.completion_ids[..., None])[..., 0]                      # (N, T)
@@ -371,7 +373,7 @@ def rewards_with_kl(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: 
     Args: rewards (...), one per completion; kl, completion_mask (..., T), kl as from `kl_estimate`.
     Returns: (..., T), 0 in the padding. A completion's token rewards sum to its reward less beta times its KL.
     """
-    # Differs: InstructGPT Eq. 2 takes one KL off the whole reward. The sum over the tokens is the same.
+    # Differs: InstructGPT Eq. 2 takes one KL off the whole reward, the sum of these, and adds a pretraining term.
     assert (*rewards.shape, completion_mask.shape[-1]) == kl.shape == completion_mask.shape
     last = completion_mask & (completion_mask.sum(-1, keepdim=True) == completion_mask.cumsum(-1))  # one a completion
     return (rewards[..., None].where(last, 0.0) - beta * kl).where(completion_mask, 0.0).detach()   # (..., T)
@@ -451,7 +453,7 @@ def value_loss(
     assert values.shape == old_values.shape == returns.shape == completion_mask.shape == weights.shape
     # Differs: PPO Eq. 9 has (V - V^targ)^2. The 1/2 and the clipping are Ziegler et al.'s.
     values, old_values, returns = (x.where(completion_mask, 0.0) for x in (values, old_values, returns))
-    # V_old + clip(V - V_old, -eps, eps), but exactly V, without rounding, where V is inside.
+    # V_old + clip(V - V_old, -eps, eps); this way a V inside the range stays exactly V.
     clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)  # (..., T)
     errors, clipped_errors = (values - returns).square(), (clipped_values - returns).square()  # (..., T), twice
     loss = (0.5 * torch.maximum(errors, clipped_errors) * weights).sum()                    # scalar
@@ -488,7 +490,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     )
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None),              # what a checkpoint holds
               "value_model": (value_model, value_optimizer)}
-    # The weights of the KL from pi_ref, and of that from pi_old in PPO Eq. 8, where any start will do.
+    # The weights of the KL from pi_ref and of that from pi_old (PPO Eq. 8; its start value does not matter).
     betas = {"ref": args.beta, "old": 1.0}
     run = Run(args, tokenizer, eos_ids, problems, held_out, sampler, models, betas, stop)
     # One update per minibatch of prompts. Minibatches are never reshuffled.
@@ -537,14 +539,14 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
             advantages = whiten(advantages, mask)                                           # (N, T)
 
         # ---- 4. The clipped losses of both models, and the updates, K epochs ----
-        # The weights are those of the whole batch, of which a minibatch holds 1 / num_minibatches, hence the factor.
+        # The weights divide by the whole batch. A minibatch is 1 / num_minibatches of it, hence the factor.
         weights = args.num_minibatches * loss_weights(mask, args.loss_average, args.max_new_tokens)  # (N, T)
         batch = batch._replace(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, advantages=advantages,
                                weights=weights, old_values=old_values, returns=returns)
         metrics, value_metrics, warming_up = Metrics(), Metrics(), step < args.value_warmup_steps
         for epoch in range(1, args.update_epochs + 1):
             for minibatch in minibatches:
-                # The gradients of the parts, and of the processes, add up to the gradient of the minibatch.
+                # The gradients of the parts add up to that of the minibatch; FSDP adds up those of the processes.
                 for part in micro_batches(value_model, batch, minibatch, args):
                     with autocast:
                         values = completion_values(value_model, part)                       # (N', T)
@@ -582,7 +584,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         # ---- The controllers: the betas of the next step ----
         used_beta = betas["ref"]
         if args.penalty_kl_target and not warming_up:
-            # PPO section 4: from how far all updates of the step together have moved the policy.
+            # PPO section 4: it follows from the KL between pi_old and the policy after all updates of the step.
             with torch.no_grad(), autocast:
                 logprobs = score_batch(score, policy, batch, minibatches, args)             # (N, T)
             moved = kl_estimate(old_logprobs, logprobs, "k3")[mask].mean().item()           # nats per token
@@ -606,7 +608,8 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
 
 
 # ==================================== SPEED =====================================
-# The same numbers in less time or memory. Each docstring says which plain thing the function stands for.
+# The same numbers, up to rounding, in less time or memory. The docstrings say which plain thing a function stands for.
+# The last functions try the models before training.
 
 STOP_TEST_EVERY = 4  # tokens between tests for ended rows: a test waits for the device, dropping rows copies the cache
 
@@ -687,7 +690,8 @@ def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache:
 
 
 def make_sampler(policy: nn.Module, dtype: str) -> nn.Module:
-    """The model that samples: the policy itself, or a whole copy in the dtype of the computation. Stands for policy."""
+    """The model that samples: the policy, or a whole copy in the dtype of the computation. Stands for the policy, from
+    which a copy in bfloat16 differs by rounding (policy/sampler_gap)."""
     if dtype == "float32" and not dist.is_initialized():
         return policy
     sampler = copy.deepcopy(policy).requires_grad_(False)
@@ -698,14 +702,14 @@ def make_sampler(policy: nn.Module, dtype: str) -> nn.Module:
 
 @torch.no_grad()
 def refresh_sampler(sampler: nn.Module, policy: nn.Module) -> None:
-    """Copy the policy's weights to the sampler, where it is not the policy itself."""
+    """pi_old <- pi_theta: copy the policy's weights to the sampler, where it is not the policy itself."""
     for copied, current in zip(sampler.parameters(), policy.parameters(), strict=True):
         copied.copy_(full_tensor(current))
 
 
 def predict_shared(model: nn.Module, batch: Batch) -> Tensor:
-    """`predict_completions` where G' > 1 completions share a prompt: it runs once, as in `Decoder`, and its gradient is
-    the sum over its completions. Returns (N, T, V)."""
+    """Stands for `predict_completions` with copies of the prompts. Here G' > 1 completions share a prompt, which runs
+    once, as in `Decoder`; its gradient is the sum over its completions. Returns (N, T, V)."""
     group_size = len(batch.completion_ids) // len(batch.prompt_ids)                         # G'
     position_ids = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                           # (B, P)
     # Its last state is projected once per completion, because a product of one row may be rounded differently.
@@ -723,15 +727,15 @@ def predict_shared(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def token_entropy(logp: Tensor) -> Tensor:
-    """`-(logp.exp() * logp).sum(-1)`, (N, T, V) -> (N, T), in pieces that fit in the cache of a CPU. 0 log 0 is 0, and
-    so is its gradient: the clamp avoids 0 * -inf where a model masks a token with -inf."""
+    """Stands for `-(logp.exp() * logp).sum(-1)`, (N, T, V) -> (N, T): in pieces that fit in a CPU cache. 0 log 0
+    and its gradient are 0: the clamp avoids 0 * -inf where a model masks a token with -inf."""
     pieces = logp.flatten(0, 1).split(max(1, 2**20 // logp.shape[2]))                       # of (N T, V)
     sums = [(x.exp() * x.clamp(min=torch.finfo(x.dtype).min)).sum(-1) for x in pieces]
     return -torch.cat(sums).view(logp.shape[:2])
 
 
 def max_logits(device: torch.device) -> int:
-    """Most logits in one pass of the update: in float32, 256 MB on a CPU and a 24th of the memory of a GPU."""
+    """Most logits in a micro-batch: in float32, 256 MB on a CPU and a 24th of the memory of a GPU."""
     return torch.cuda.get_device_properties(device).total_memory // 96 if device.type == "cuda" else 2**26
 
 
@@ -750,7 +754,7 @@ def split_minibatch(model: nn.Module, batch: Batch, minibatch: Tensor, args: Arg
     logits_per_token, most_logits = model.config.get_text_config().vocab_size, max_logits(batch.prompt_ids.device)
 
     def fits(n: int) -> bool:
-        """A copy of the keys and values of a prompt takes about an eighth of the memory of its activations."""
+        """Whether n completions fit. A copy of a prompt's keys and values takes an eighth of its activations."""
         tokens = n * T + math.ceil(n / G) * P + n * P / 8
         return n * T * logits_per_token <= most_logits and tokens <= args.micro_batch_tokens
 
@@ -760,7 +764,7 @@ def split_minibatch(model: nn.Module, batch: Batch, minibatch: Tensor, args: Arg
 
 
 def take_completions(batch: Batch, index: Tensor, share_prompt: bool) -> Batch:
-    """The completions at these indices, (N',), with their prompts, all cut to the longest of them. Completions share a
+    """Every column at these indices, (N',), with the prompts, all cut to the longest of them. Completions share a
     prompt, or each has a copy; to share, the indices must be whole groups, or a part of one."""
     group_size = len(batch.completion_ids) // len(batch.prompt_ids)
     prompts = index[:: group_size if share_prompt else 1] // group_size                     # (B',) or (N',)
@@ -777,7 +781,7 @@ def micro_batches(model: nn.Module, batch: Batch, minibatch: Tensor, args: Args)
 
 
 def score_batch(score: Callable, model: nn.Module, batch: Batch, minibatches: tuple, args: Args) -> Tensor:
-    """`score(model, batch)`, (N, T), on the micro-batches of the update, so that these are the same numbers."""
+    """Stands for `score(model, batch)`, (N, T): on the micro-batches of the update, so that these are equal."""
     result = torch.zeros(batch.completion_ids.shape, device=batch.prompt_ids.device)
     for minibatch in minibatches:
         for index in split_minibatch(model, batch, minibatch, args):
