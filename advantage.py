@@ -100,7 +100,7 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor) -> Tensor:
     std = (centred.square().sum(dim=1, keepdim=True) / (num_steps - 1).clamp(min=1)).sqrt()
     equal = rewards.where(ends, -torch.inf).amax(1, True) == rewards.where(ends, torch.inf).amin(1, True)
     normalised = (centred / (std + STD_EPS)).masked_fill(equal, 0.0).view_as(step_rewards)  # (B, G, T)
-    return normalised.flip(2).cumsum(2).flip(2)                                             # sum over steps that end at t or later
+    return normalised.flip(2).cumsum(2).flip(2)             # (B, G, T), sum over the steps that end at t or later
 
 
 def gae(

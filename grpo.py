@@ -403,7 +403,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     args, sampler = prepare(args, policy, [ref_policy], problems)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     # Differs: a constant learning rate, and `optimizer_step` clips the gradient.
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.learning_rate, weight_decay=0.0, fused=True)
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None)}              # what a checkpoint holds
     run = Run(args, tokenizer, eos_ids, problems, held_out, sampler, models, betas={}, stop=stop)
     # One update per minibatch of prompts. Minibatches are never reshuffled.
@@ -903,9 +903,7 @@ def pad_prompts(prompts: list[list[int]], device: torch.device) -> tuple[Tensor,
     return tuple(pad_sequence(x, batch_first=True, padding_side="left").to(device) for x in (ids, masks))
 
 
-def decode(
-    tokenizer: Tokenizer, completion_ids: Tensor, completion_mask: Tensor, eos_ids: Tensor
-) -> list[str]:
+def decode(tokenizer: Tokenizer, completion_ids: Tensor, completion_mask: Tensor, eos_ids: Tensor) -> list[str]:
     """The completions, (N, T), as texts, without the EOS token and special tokens: `reward` does not see them."""
     lengths = (completion_mask & ~torch.isin(completion_ids, eos_ids)).sum(1).tolist()
     texts = [ids[:length] for ids, length in zip(completion_ids.tolist(), lengths, strict=True)]

@@ -484,10 +484,9 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     args, sampler = prepare(args, policy, [ref_policy, value_model], problems)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     # Differs: constant learning rates, and `optimizer_step` clips the gradient.
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    value_optimizer = torch.optim.AdamW(
-        value_model.parameters(), lr=args.value_learning_rate, weight_decay=0.0, fused=True
-    )
+    adamw = partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
+    optimizer = adamw(policy.parameters(), args.learning_rate)
+    value_optimizer = adamw(value_model.parameters(), args.value_learning_rate)
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None),              # what a checkpoint holds
               "value_model": (value_model, value_optimizer)}
     # The weights of the KL from pi_ref and of that from pi_old (PPO Eq. 8; its start value does not matter).
@@ -561,9 +560,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
                     continue  # Differs: first only the value model learns
                 for part in micro_batches(policy, batch, minibatch, args):
                     with autocast:
-                        logprobs, entropy = completion_logprobs(
-                            policy, part, args.temperature, entropy_gradient=args.entropy_coef > 0
-                        )                                                                   # (N', T), each
+                        logprobs, entropy = completion_logprobs(policy, part, args.temperature, args.entropy_coef > 0)
                     loss, per_token = policy_loss(
                         logprobs, part.old_logprobs, part.advantages, part.completion_mask, part.weights,
                         clip_eps=args.clip_eps, clip_eps_high=args.clip_eps_high,
@@ -1024,9 +1021,7 @@ def pad_prompts(prompts: list[list[int]], device: torch.device) -> tuple[Tensor,
     return tuple(pad_sequence(x, batch_first=True, padding_side="left").to(device) for x in (ids, masks))
 
 
-def decode(
-    tokenizer: Tokenizer, completion_ids: Tensor, completion_mask: Tensor, eos_ids: Tensor
-) -> list[str]:
+def decode(tokenizer: Tokenizer, completion_ids: Tensor, completion_mask: Tensor, eos_ids: Tensor) -> list[str]:
     """The completions, (N, T), as texts, without the EOS token and special tokens: `reward` does not see them."""
     lengths = (completion_mask & ~torch.isin(completion_ids, eos_ids)).sum(1).tolist()
     texts = [ids[:length] for ids, length in zip(completion_ids.tolist(), lengths, strict=True)]
