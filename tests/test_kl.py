@@ -350,6 +350,20 @@ def test_controllers_go_on_from_the_beta_that_they_gave():
     assert adaptive[1:] == pytest.approx([1.1, 1.21, 1.089])
 
 
+# ----- Far apart -----
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimate_pulls_a_policy_back_from_however_far(estimator):
+    """Where an estimate or a log-ratio is clamped, its gradient is exactly 0, and a policy that is far off stays so."""
+    logprobs = torch.tensor([-40.0, -8.0, -0.1, -0.1], requires_grad=True)
+    ref_logprobs = torch.tensor([-20.0, -0.1, -8.0, -40.0])
+    estimate = kl_estimate(logprobs, ref_logprobs, estimator)
+    estimate.sum().backward()
+    assert logprobs.grad.abs().gt(0.9).all()
+    assert estimate.abs().gt(6).all()
+
+
 # ----- Errors -----
 
 

@@ -206,6 +206,14 @@ def test_no_random_number_draws_a_token_without_a_probability_or_none_at_all(dty
         assert logprobs.isfinite().all()
 
 
+def test_sample_tokens_takes_the_log_softmax_in_float32():
+    """Near -6, numbers of bfloat16 are 0.03 apart."""
+    logits = (3 * torch.randn(200, VOCAB, generator=torch.Generator().manual_seed(0))).bfloat16()
+    tokens, logprobs = grpo.sample_tokens(logits, draw(200), 0.7)
+    expected = (logits.double() / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=0)
+
+
 def test_temperature_zero_takes_the_most_probable_token():
     model = make_model("llama", torch.float32)
     _, (ids, mask, _) = sample(model, group_size=1, temperature=0.0)

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import grpo
 import ppo
-from running import MEASURED, curves, saved, slow, weights
+from families import make_model
+from running import MEASURED, curves, make_folder, saved, slow, weights
 
 TINY = grpo.Args.model
 SMALL = dict(
@@ -296,3 +299,132 @@ def test_stop_ends_a_run_after_the_step_under_way(script, monkeypatch):
     monkeypatch.setattr(script, "reward", lambda *texts: stop.set() or variety(*texts))
     script.train(small(script, "a"), stop)
     assert saved("a")["step"] == 1
+
+
+# ----- What must reach the update as it was sampled, and the curves as it was trained -----
+
+
+def rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """The ids where the mask is true."""
+    return [row[counted].tolist() for row, counted in zip(ids, mask, strict=True)]
+
+
+def test_train_samples_scores_and_updates_at_one_temperature(script):
+    """Log-probabilities at another temperature are those of another policy than the one that sampled."""
+    script.train(small(script, "a", temperature=0.6, num_steps=1, num_minibatches=2, learning_rate=1e-12))
+    found = curves("a")
+    assert found["policy/ratio_max"][0][1] == pytest.approx(1.0, abs=1e-6)
+    assert 0 < found["policy/sampler_gap"][0][1] < 1e-5
+
+
+def test_train_has_a_ratio_of_exactly_1_for_as_long_as_the_policy_stays(script):
+    """PPO Eq. 6: log-probabilities from other shapes, or from the sampler, would round otherwise."""
+    # AdamW divides such gradients by its eps of 1e-8: its steps are too short to change a weight.
+    still = dict(update_epochs=2, num_minibatches=2, learning_rate=1e-12, max_grad_norm=1e-12)
+    script.train(small(script, "a", num_steps=1, micro_batch_tokens=200, **still))
+    assert curves("a")["policy/ratio_max"] == [(0, 1.0)]
+    assert curves("a")["policy/approx_kl"] == [(0, 0.0)]
+
+
+def test_train_rewards_every_completion_with_the_problem_of_its_prompt(script, monkeypatch):
+    """A group is compared within itself: the answer of another prompt would make it a comparison of prompts."""
+    sampled, rewarded, tokenizer = [], [], AutoTokenizer.from_pretrained(TINY)
+    keep(monkeypatch, script, "generate_completions", sampled, lambda given, result: (*given[1:3], *result[:2]))
+    keep(monkeypatch, script, "compute_rewards", rewarded, lambda given, _: given)
+    script.train(small(script, "a", num_steps=1))
+    (texts, problems), (*prompts, ids, mask) = rewarded[-1], sampled[-1]
+    prompts = tokenizer.batch_decode(rows(*prompts))
+    assert [problem["prompt"] for problem in problems] == [prompt for prompt in prompts for _ in range(4)]
+    assert texts == tokenizer.batch_decode(rows(ids, mask), skip_special_tokens=True)
+
+
+def test_train_trains_the_very_ids_that_were_sampled(script, monkeypatch):
+    """Decoded and encoded again, 1 and 2 would become 12, which the policy has not written."""
+    vocab = {name: i for i, name in enumerate(["<end>", *"0123456789+=#(", "12", "34", "++"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("1", "2"), ("3", "4"), ("+", "+")]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    tokenizer.save_pretrained("model")
+    special = dict(vocab_size=len(vocab), bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    make_model("llama", torch.float32, **special).save_pretrained("model")
+    sampled, scored = [], []
+    keep(monkeypatch, script, "generate_completions", sampled, lambda _, result: rows(*result[:2]))
+
+    def trained(given: tuple, result: tuple) -> list[list[int]]:
+        return rows(given[1].completion_ids, given[1].completion_mask) if result[0].requires_grad else []
+
+    keep(monkeypatch, script, "completion_logprobs", scored, trained)
+    script.train(small(script, "a", model="model", num_steps=1, update_epochs=1, num_minibatches=1))
+    assert sorted(itertools.chain(*scored)) == sorted(sampled[-1])
+    again = [tokenizer(tokenizer.decode(ids), add_special_tokens=False).input_ids for ids in sampled[-1]]
+    assert again != sampled[-1], "no text has shorter ids: this shows nothing"
+
+
+@pytest.mark.parametrize("script", [ppo], indirect=True)
+def test_train_goes_on_where_there_is_nothing_to_learn(script, monkeypatch):
+    """Advantages of 0 have a variance of 0, by which whitening divides."""
+    monkeypatch.setattr(script, "reward", lambda completion, problem: 0.0)
+    assert not moved(weights(TINY), weights(script.train(small(script, "a", beta=0.0))))
+    for tag, points in curves("a").items():
+        assert [step for step, _ in points] == [0, 1, 2], tag
+        assert all(torch.tensor(value).isfinite() for _, value in points), tag
+
+
+def test_train_logs_means_over_all_tokens_of_all_minibatches(script, monkeypatch):
+    """Neither over the padding, which is longest where answers are short, nor of the last minibatch alone."""
+    entropies = []
+
+    def trained(given: tuple, result: tuple) -> torch.Tensor:
+        return result[1].detach()[given[1].completion_mask] if result[0].requires_grad else torch.empty(0)
+
+    keep(monkeypatch, script, "completion_logprobs", entropies, trained)
+    # One nat for every token that was scored.
+    monkeypatch.setattr(script, "kl_estimate", lambda logprobs, *rest: (logprobs != 0).float())
+    script.train(small(script, "a", num_steps=1, update_epochs=1, num_minibatches=2, micro_batch_tokens=60))
+    assert len([x for x in entropies if len(x)]) >= 4
+    found = curves("a")
+    assert found["policy/entropy"][0][1] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
+    assert found["policy/kl"][0][1] == pytest.approx(1.0)
+
+
+def test_load_policy_turns_dropout_off_and_it_stays_off(script, monkeypatch):
+    """With it a ratio is noise, and so is the difference between two passes of one model."""
+    make_folder(Path(), "gpt2")
+    kept = []
+    keep(monkeypatch, script, "prepare", kept, lambda given, _: [given[1], *given[2]])
+    monkeypatch.setattr(script, "reward", variety)
+    script.train(small(script, "a", model="model", num_steps=1))
+    (policy, *others), ids = kept[0], torch.arange(1, 9)[None]
+    assert policy.config.resid_pdrop > 0
+    assert len(others) == (1 if script is grpo else 2)
+    for model in (policy, *others):
+        first, second = (model(input_ids=ids).logits for _ in range(2))
+        assert first.ne(0).any()
+        assert torch.equal(first, second)
+
+
+def test_load_policy_keeps_weights_that_a_step_of_one_millionth_moves(script, monkeypatch):
+    """Weights of 0.3 in bfloat16 are 0.002 apart: every update at the default learning rate would be rounded away."""
+    make_folder(Path())
+    AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16).save_pretrained("model")
+    before = weights("model")
+    monkeypatch.setattr(script, "reward", variety)
+    after = weights(script.train(small(script, "a", model="model", num_steps=1, learning_rate=1e-6, dtype="bfloat16")))
+    assert torch.cat([(after[name] != value).flatten() for name, value in before.items()]).float().mean() > 0.9
+
+
+def test_optimizer_step_clips_by_the_global_norm_and_the_norm_before_is_logged(script, monkeypatch):
+    """One bad batch must not end a run, and its norm must show. Clipped one by one, parameters would change the
+    direction of the gradient."""
+
+    def note(optimizer, *_: object) -> None:
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+
+    norms = []
+    monkeypatch.setattr(script, "reward", variety)
+    with register_optimizer_step_pre_hook(note):
+        script.train(small(script, "a", max_grad_norm=1e-3, num_steps=1, update_epochs=1, num_minibatches=1))
+    assert norms == [pytest.approx(1e-3, rel=1e-2)] * (1 if script is grpo else 2)
+    for tag in ("policy/grad_norm", *(["value/grad_norm"] if script is ppo else [])):
+        assert curves("a")[tag][0][1] > 1e-2
