@@ -944,7 +944,8 @@ def load_problems(args: Args, device: torch.device) -> tuple[Tokenizer, Tensor, 
     with as_user_error(f"--model {args.model} is neither a model folder nor a reachable hub id"):
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)  # neither run its code, nor ask
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False).get_text_config()
-        most_tokens = (getattr(config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
+        positions = getattr(config, "max_position_embeddings", None) or 0                   # 0 and -1: no limit
+        most_tokens = (positions if positions > 0 else math.inf) - args.max_new_tokens
         ropes = getattr(config, "rope_parameters", None) or {}
         for rope in (ropes, *ropes.values()):  # one, or one for each kind of layer
             if isinstance(rope, dict) and rope.get("rope_type") == "longrope":  # longer rows change all positions
@@ -952,7 +953,7 @@ def load_problems(args: Args, device: torch.device) -> tuple[Tokenizer, Tensor, 
         sources, eos_ids = [config, tokenizer], set()
         with contextlib.suppress(OSError):  # many models have no generation_config.json
             sources.append(GenerationConfig.from_pretrained(args.model))
-        for ends in (source.eos_token_id for source in sources):
+        for ends in (getattr(source, "eos_token_id", None) for source in sources):
             eos_ids |= set(ends if isinstance(ends, list) else [ends])
         eos_ids = sorted(i for i in eos_ids if i is not None and 0 <= i < config.vocab_size)
     if not eos_ids:

@@ -1,41 +1,61 @@
 # SPDX-License-Identifier: MIT
-"""Goes over every kind of causal language model that transformers has, with tiny random weights: does grpo.py sample
-and score it right, or say in one sentence that it cannot?  python tests/sweep_families.py [FAMILY ...]  (10 minutes)
+"""Goes over every kind of causal language model that transformers has, with tiny random weights: do the scripts train
+it right, or say in one sentence that they cannot?
 
-The truth is each completion alone behind its prompt in a plain forward pass. Verdicts, with the largest gap in nats:
+    python tests/sweep_families.py [--modes MODE ...] [--only FAMILY ...] [--processes 2]
 
-    shares     several completions share a prompt, and all numbers are right
+    score     does grpo.py sample and score right? The truth is each completion alone in a plain forward pass (default)
+    grpo      two steps of grpo.py in float32; then its export is loaded again and compared with the trained model
+    ppo       the same with ppo.py, whose value model is trained from the first step
+    bfloat16  both scripts with --dtype bfloat16
+    options   grpo.py where config.json asks for attentions, hidden states and router logits in a tuple: same curves?
+    two       grpo.py under torchrun with two processes: the gradient norm of one? Without --only, of the families TWO
+
+Verdicts; the exit code is 1 if there is a WRONG one:
+
+    shares     several completions share a prompt, and all numbers are right, with the largest gap in nats
     alone      each completion gets a prompt of its own, and all numbers are right
-    refused    a sentence says why before that
+    trains     every step, curve and gradient is finite, and the export is the trained model
+    refused    a sentence says why before that, and nothing else is written
     WRONG      none of these: wrong numbers, gradients that are not finite, an exception that is no UserError, no end
-    not built  no tiny model could be made here, which says nothing about grpo.py
+    not built  no tiny model could be made here, which says nothing about the scripts
 """
 
+import argparse
 import contextlib
+import io
+import json
 import math
 import multiprocessing
 import os
-import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from transformers import AutoModelForCausalLM
+import torch.distributed.checkpoint.state_dict  # these three once, before the forks
+import torch.distributed.fsdp
+import torch.utils.tensorboard
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 import grpo
+import ppo
 from families import with_copies
+from running import SMALL, command, curves, make_folder, start
 
-SECONDS, CPUS, TOLERANCE, VOCAB, NO_DECODER = 60, 2, 1e-3, 61, "is_decoder is False"
+SECONDS, TOLERANCE, VOCAB, NO_DECODER = 60, 1e-3, 61, "is_decoder is False"
+TWO = ["llama", "gemma3_text", "mixtral", "qwen3_5_text", "falcon_h1", "zamba", "gpt2", "gpt_neo"]
 PROMPT_LENGTHS, SHAPE, ENDS = (20, 11, 3), (12, 24), torch.tensor([1, 5, 9, 17, 33])
 # What makes a model tiny, whatever its config class calls it.
 TINY = """
@@ -97,6 +117,7 @@ SPECIAL = {
                      axial_pos_embds_dim=(16, 16), local_attn_chunk_length=8, lsh_attn_chunk_length=8),
     "xlstm": dict(embedding_dim=128, hidden_size=128),
     "xmod": dict(default_language="en_XX"),
+    "youtu": dict(pad_token_id=None),  # transformers sets the row of that token to 0 whenever it loads a model
     "zamba": dict(layers_block_type=[LINEAR, HYBRID] * 2, num_hidden_layers=4, attention_hidden_size=64,
                   attention_head_dim=16, num_key_value_heads=4),
     "zamba2": dict(layers_block_type=[LINEAR, HYBRID] * 2, num_hidden_layers=4, num_key_value_heads=4),
@@ -131,6 +152,18 @@ def make_model(family: str, std: float, special: dict) -> torch.nn.Module:
     return model
 
 
+def make_finite_model(family: str, special: dict) -> tuple[torch.nn.Module, list[str]]:
+    """The largest weights whose logits are finite; notes on what is unusual about it."""
+    for std in (0.3, 0.1, 0.03):
+        model = make_model(family, std, special)
+        with torch.no_grad(), contextlib.suppress(Exception):  # the script is to say what that is
+            if model(torch.arange(2, 22)[None]).logits.isfinite().all():
+                break
+    notes = [] if std == 0.3 else [f"std {std}"]
+    decodes = getattr(model.config, "is_decoder", True) or model.config.is_encoder_decoder
+    return model, notes if decodes else [*notes, NO_DECODER]
+
+
 @torch.no_grad()
 def one_by_one(model: torch.nn.Module, batch: grpo.Batch, change: int = 0) -> torch.Tensor:
     """The truth, (12, T): every completion alone, without padding, mask or positions. `change`: of the first id."""
@@ -150,21 +183,11 @@ def finite_gradients(model: torch.nn.Module, batch: grpo.Batch) -> bool:
     return bool(gradients) and all(gradient.isfinite().all() for gradient in gradients)
 
 
-def check(family: str, special: dict) -> tuple[str, float, str]:
+def score(family: str, model: torch.nn.Module, notes: list[str]) -> tuple[str, float, str]:
     """The verdict on one family, the largest gap, and a note."""
     random = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, VOCAB, (length,), generator=random).tolist() for length in PROMPT_LENGTHS]
     uniforms = torch.rand(SHAPE, dtype=torch.float64, generator=random)
-    for std in (0.3, 0.1, 0.03):
-        try:
-            model = make_model(family, std, special)
-        except Exception as error:
-            return "not built", 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        with torch.no_grad(), contextlib.suppress(Exception):  # grpo.py is to say what that is
-            if model(torch.tensor(prompts[:1])).logits.isfinite().all():
-                break
-    notes = [] if std == 0.3 else [f"std {std}"]
-    notes += [] if getattr(model.config, "is_decoder", True) or model.config.is_encoder_decoder else [NO_DECODER]
     grpo.say = notes.append
     try:
         args = grpo.Args(model=family, max_new_tokens=SHAPE[1])
@@ -192,38 +215,141 @@ def check(family: str, special: dict) -> tuple[str, float, str]:
     return "WRONG", largest, "; ".join(notes)
 
 
-def verdict(case: tuple[str, dict]) -> tuple[str, float, str]:
+class Refused(Exception):
+    pass
+
+
+def judge(script: str, name: str, code: int, said: str) -> dict:
+    """The curves of a run that trained. A refusal is one sentence without a traceback, and leaves nothing behind."""
+    sentences = [line for line in said.splitlines() if line.startswith(f"{script}.py: ")]
+    if code and len(sentences) == 1 == said.count(f"{script}.py") and not Path("runs", name).exists():
+        raise Refused(sentences[0])
+    assert code == 0, f"{name} ended with {code} and said {said[-600:]}"
+    points = {curve: [value for _, value in points] for curve, points in curves(name).items()}
+    for curve, values in points.items():
+        expected = {"skipped": False, "grad_norm": True}.get(curve.partition("/")[2], any(values))
+        assert any(values) == expected, f"{name} has {curve} {values}"
+        assert all(map(math.isfinite, values)), f"{name} has {curve} {values}"
+    return points
+
+
+@torch.no_grad()
+def train(script, name: str, **args: object) -> dict:
+    """The curves of two steps in this process, once the export is found to be the trained model."""
+    kept, load, said = [], script.load_policy, io.StringIO()
+    script.load_policy = lambda *x: kept.append(load(*x)) or kept[-1]
+    script.reward = lambda completion, problem: len(set(completion)) / 10  # as in running.py
+    with contextlib.redirect_stderr(said), torch.enable_grad():
+        code = script.main(script.Args(**SMALL | dict(num_steps=2, run_name=name) | args))
+    script.load_policy = load
+    points = judge(script.__name__, name, code, said.getvalue())
+    exported, info = AutoModelForCausalLM.from_pretrained(f"runs/{name}/policy", output_loading_info=True)
+    before, after, ids = kept[0].state_dict(), exported.state_dict(), torch.arange(2, 22)[None]
+    wrong = info | {"other": [x for x in before.keys() & after if not torch.equal(before[x], after[x])]}
+    assert not any(wrong.values()), f"the export of {name} has wrong weights: {wrong}"
+    gaps = [(kept[0](ids).logits - exported(ids).logits).abs().max().item(), *points["policy/sampler_gap"]]
+    gaps = gaps[:1] if args.get("dtype") == "bfloat16" else gaps
+    assert max(gaps) < TOLERANCE, f"{name}: the logits of the export, and the sampler, are off by {gaps}"
+    return points
+
+
+def ask_for_more() -> None:
+    """In config.json and the configs inside it: what changes the output of forward."""
+    path, config = Path("model/config.json"), AutoConfig.from_pretrained("model")
+    content = json.loads(path.read_text())
+    inner = [(content[name], getattr(config, name)) for name in config.sub_configs if content.get(name)]
+    for part, usual in [(content, config), *inner]:
+        router = dict(output_router_logits=True) if hasattr(usual, "output_router_logits") else {}
+        part |= dict(output_attentions=True, output_hidden_states=True, return_dict=False) | router
+    path.write_text(json.dumps(content))
+
+
+def try_training(mode: str) -> None:
+    """On the model of this folder. Where two runs must agree, the first points of their curves do."""
+    dtype, usual, other = mode if mode == "bfloat16" else "float32", {}, {}
+    if mode != "ppo":
+        usual = train(grpo, "grpo", dtype=dtype)
+    if mode in ("ppo", "bfloat16"):
+        train(ppo, "ppo", value_warmup_steps=0, dtype=dtype)
+    if mode == "options":
+        ask_for_more()
+        other = train(grpo, "options")
+    if mode == "two":
+        with start(command("grpo", processes=2, run_name="two", num_steps=1)) as process:
+            said, _ = process.communicate(timeout=3 * SECONDS)
+        other = judge("grpo", "two", process.returncode, said)
+        AutoModelForCausalLM.from_pretrained("runs/two/policy")
+    for curve, (value, *_) in other.items():
+        are_close = math.isclose(value, usual[curve][0], rel_tol=1e-4, abs_tol=1e-6)
+        assert are_close, f"{curve} {usual[curve][0]} became {value}"
+
+
+def verdict(mode: str, family: str, special: dict, folder: str) -> tuple[str, float, str]:
     """In a process of its own."""
-    signal.alarm(SECONDS)  # ends the process
-    started = time.time()
+    os.chdir(folder)
     try:
-        found = check(*case)
+        model, notes = make_finite_model(family, special)
+        if mode != "score":
+            make_folder(Path())
+            model = make_finite_model(family, dict(is_decoder=True))[0] if NO_DECODER in notes else model
+            model.save_pretrained("model")
     except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == grpo.__file__]
-        found = "WRONG", math.nan, f"{type(error).__name__} in lines {lines} of grpo.py: {' '.join(str(error).split())}"
-    name = case[0] + " (decoder)" * bool(case[1])
-    print(f"{name:32} {found[0]:9} {found[1]:8.2g} {time.time() - started:3.0f} s  {found[2]}"[:400], flush=True)
+        return "not built", 0.0, f"{type(error).__name__}: {error}"
+    try:
+        return score(family, model, notes) if mode == "score" else try_training(mode) or ("trains", 0.0, "")
+    except Refused as error:
+        return "refused", 0.0, str(error)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        frames = [x for x in frames if x.filename in (grpo.__file__, ppo.__file__) or x is frames[-1]]
+        lines = " ".join(f"{Path(x.filename).name}:{x.lineno}" for x in frames)
+        return "WRONG", math.nan, f"{type(error).__name__} in {lines}: {error}"
+
+
+def apart(mode: str, family: str, special: dict) -> tuple[str, float, str]:
+    """The verdict of a fork of this process, in a temporary folder: it may crash, or never end."""
+    fork, started = multiprocessing.get_context("fork"), time.time()
+    receiver, sender = fork.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        process = fork.Process(target=lambda: sender.send(verdict(mode, family, special, folder)))
+        process.start()
+        sender.close()
+        found = "WRONG", math.nan, "no end, or its process died"
+        with contextlib.suppress(EOFError):
+            if receiver.poll(SECONDS * (4 if mode == "two" else 1)):
+                found = receiver.recv()
+        process.kill()
+        process.join()
+    if found[0] != "trains":
+        name = f"{mode:8} {family + ' (decoder)' * bool(special):32} {found[0]:9} {found[1]:8.2g}"
+        print(f"{name} {time.time() - started:3.0f} s  {' '.join(found[2].split())}"[:400], flush=True)
     return found
 
 
-def go_over(title: str, cases: list[tuple[str, dict]]) -> list[tuple[str, float, str]]:
-    with multiprocessing.get_context("fork").Pool(CPUS, maxtasksperchild=1) as pool:
-        results = []
-        for case, waiting in [(case, pool.apply_async(verdict, (case,))) for case in cases]:
-            try:
-                results.append(waiting.get(SECONDS + 5))
-            except multiprocessing.TimeoutError:
-                results.append(("WRONG", math.nan, "no end, or its process died"))
-                print(f"{case[0]:32} {results[-1]}", flush=True)
-    print(f"{len(cases)} {title}:", dict(Counter(found[0] for found in results).most_common()))
-    return results
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = "score", "grpo", "ppo", "bfloat16", "options", "two"
+    parser.add_argument("--modes", nargs="+", default=["score"], choices=modes)
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", choices=list(CONFIG_MAPPING))
+    parser.add_argument("--processes", type=int, default=2, help="at once")
+    args, wrong = parser.parse_args(), 0
+    for mode in args.modes:
+        families = args.only or (TWO if mode == "two" else list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+        with ThreadPool(args.processes) as pool:
+            found = pool.starmap(apart, [(mode, family, {}) for family in families], chunksize=1)
+            encoders = [family for family, x in zip(families, found, strict=True) if NO_DECODER in x[2]]
+            causal = pool.starmap(apart, [(mode, family, {"is_decoder": True}) for family in encoders], chunksize=1)
+        for title, results in {"as their configs are": found, "of these, made causal": causal}.items():
+            if results:
+                counts = Counter(x[0] for x in results)
+                print(f"{mode}: {len(results)} {title}:", dict(counts.most_common()), flush=True)
+                wrong += counts["WRONG"]
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
-    families = sys.argv[1:] or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    results = go_over("as their configs are", [(family, {}) for family in families])
-    encoders = [family for family, found in zip(families, results, strict=True) if NO_DECODER in found[2]]
-    go_over("of these, made causal", [(family, {"is_decoder": True}) for family in encoders])
+    logging.disable_progress_bar()
+    sys.exit(main())
