@@ -81,7 +81,7 @@ def test_policy_loss_with_a_kl_penalty_of_two_tokens():
     # (5 + log 2 + 2.5 - log 2) / 2 = 3.75, and the loss is minus that. r = 2 is not clipped.
     pi_theta, pi_old = double([[0.4, 0.1]]), double([[0.2, 0.2]])                           # (N, T)
     advantages, mask = double([[3, 4]]), torch.ones(1, 2, dtype=torch.bool)
-    loss, metrics = policy_loss(pi_theta.log(), pi_old.log(), advantages, mask, weights=mask / 2, penalty_beta=1.0)
+    loss, metrics = policy_loss(pi_theta.log(), pi_old.log(), advantages, mask, weights=mask / 2, beta_old=1.0)
     assert loss.item() == close(-3.75)
     assert metrics["approx_kl"][0].tolist() == close([0.306853, 0.193147])
 
