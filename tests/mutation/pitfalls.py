@@ -320,9 +320,11 @@ def with_the_bug(pitfall: Pitfall) -> str:
 
 def run(*tests: str) -> tuple[int, str]:
     """pytest's exit code, and why a test failed, if one did."""
-    # Without .pyc files, which a change in the same second, of the same length, would not replace.
+    # The slow tests, too, and few examples that are not made smaller; without .pyc files, which a change of
+    # the same length in the same second would not replace.
     settings = dict(HYPOTHESIS_PROFILE="ci", OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", COLUMNS="300")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "--hypothesis-profile=mutation", "-p", "no:cacheprovider"]
+    command += ["-x", "-q", "--tb=no", *tests]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=1800)
     failed = re.findall(r"^FAILED .*? - (.*)", done.stdout, re.MULTILINE)
     return done.returncode, failed[-1] if failed else done.stdout[-2000:] + done.stderr[-2000:]
