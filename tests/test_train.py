@@ -147,7 +147,7 @@ def test_one_seed_gives_one_result_and_another_seed_another(script):
 
 
 def test_the_first_ratio_is_exactly_1_and_the_first_kl_exactly_0(script):
-    # Pitfall 8, Property 5: old and new log-probabilities come from the same forward on the same shapes.
+    # Old and new log-probabilities come from the same forward on the same shapes.
     for name, options in (("one", dict(update_epochs=1, num_minibatches=1)), ("two", dict(num_minibatches=2))):
         # One update, or updates so small that the policy stays where it is.
         rate = {} if name == "one" else dict(learning_rate=1e-12)
@@ -244,7 +244,7 @@ def test_the_reference_becomes_the_policy_of_the_step_that_was_asked_for(script,
 
 
 def test_the_end_token_is_trained_when_pad_is_the_end_token(script, monkeypatch):
-    # Pitfall 1. Reward short completions: the policy must learn to stop, and can only by its end token.
+    # Reward short completions: the policy must learn to stop, and can only by its end token.
     assert AutoTokenizer.from_pretrained(TINY).pad_token_id == AutoTokenizer.from_pretrained(TINY).eos_token_id
     monkeypatch.setattr(script, "reward", lambda completion, problem: -float(len(completion)))
     script.train(small(script, "a", num_prompts=16, num_steps=12, beta=0.0, learning_rate=2e-3))
