@@ -85,7 +85,7 @@ def start(command: list[str]) -> Process:
 def finish(process: Process, code: int = 0) -> str:
     """What it said, once it has ended as it should."""
     with process:
-        said, _ = process.communicate(timeout=300)
+        said, _ = process.communicate(timeout=600)  # a busy machine takes long
     assert process.returncode == code, said
     return said
 
