@@ -43,28 +43,28 @@ def shrink(values: Tensor) -> Tensor:
 
 @given(rewards(), scales, baselines)
 def test_group_advantages_sum_to_zero_in_each_group(rewards, scale, baseline):
-    """Property 7, and its like in Property 15."""
+    """DeepSeekMath 4.1.2, RLOO: the advantages of a group sum to 0."""
     advantages = group_advantages(rewards, scale, baseline)
     assert_close(advantages.sum(1) / advantages.abs().sum(1).clamp(min=1e-20), 0.0)
 
 
 @given(rewards())
 def test_group_advantages_have_the_variance_of_the_sample_std(rewards):
-    """Property 8."""
+    """DeepSeekMath 4.1.2, sample std s: sum A^2 = (G - 1) (s / (s + 1e-4))^2."""
     squares = group_advantages(rewards).square().sum(1, keepdim=True)
     assert_close(squares, (rewards.shape[1] - 1) * shrink(rewards).square())
 
 
 @given(rewards())
 def test_group_advantages_are_bounded_by_the_group_size(rewards):
-    """Property 9."""
+    """|A| <= (G - 1) / sqrt(G) with the sample std."""
     group_size = rewards.shape[1]
     assert group_advantages(rewards).abs().max() <= (group_size - 1) / math.sqrt(group_size) * (1 + 1e-4)
 
 
 @given(rewards())
 def test_the_bound_is_reached_by_the_one_success(rewards):
-    """Property 9, its equality: one reward of 1 among zeros."""
+    """|A| <= (G - 1) / sqrt(G) with the sample std, its equality: one reward of 1 among zeros."""
     one = torch.zeros_like(rewards)
     one[:, 0] = 1
     group_size = one.shape[1]
@@ -74,7 +74,7 @@ def test_the_bound_is_reached_by_the_one_success(rewards):
 
 @given(rewards(float64, max_prompts=1), numbers(-100, 100), numbers(-10, 10), scales, baselines)
 def test_shifted_rewards_change_nothing_and_scaled_rewards_at_most_the_sign(rewards, a, b, scale, baseline):
-    """Property 10: A(aR + b) = sign(a) A(R), but for the 1e-4; without a std, a A(R)."""
+    """Shift and scale: A(aR + b) = sign(a) A(R), but for the 1e-4; without a std, a A(R)."""
     assume(abs(a) > 1e-2)
     before = group_advantages(rewards, scale, baseline)
     after = group_advantages(a * (rewards + b * rewards.abs().max()), scale, baseline)
@@ -85,7 +85,7 @@ def test_shifted_rewards_change_nothing_and_scaled_rewards_at_most_the_sign(rewa
 
 @given(rewards(), scales, baselines, st.data())
 def test_group_advantages_follow_a_permutation_of_the_group(rewards, scale, baseline, data):
-    """Property 11."""
+    """The order in a group, and other groups, change nothing."""
     order = data.draw(st.permutations(range(rewards.shape[1])))
     before, after = (group_advantages(x, scale, baseline) for x in (rewards, rewards[:, order]))
     assert_close(after, before[:, order], scale=before.abs().max())
@@ -93,7 +93,7 @@ def test_group_advantages_follow_a_permutation_of_the_group(rewards, scale, base
 
 @given(rewards(), st.sampled_from(["group", "none"]), baselines)
 def test_other_groups_are_irrelevant(rewards, scale, baseline):
-    """Property 11."""
+    """The order in a group, and other groups, change nothing."""
     alone = torch.cat([group_advantages(row[None], scale, baseline) for row in rewards])
     assert_close(group_advantages(rewards, scale, baseline), alone, scale=alone.abs().max())
 
@@ -110,7 +110,7 @@ def test_batch_scale_divides_by_the_std_of_all_rewards(rewards, baseline):
 @example(0.1, 3, torch.float32, "group", "mean")
 @example(0.1, 3, torch.float32, "group", "leave_one_out")
 def test_equal_rewards_give_exactly_zero(value, group_size, dtype, scale, baseline):
-    """Property 12, also beside a group with a larger and one with a smaller reward."""
+    """Equal rewards give exactly 0, also beside a group with a larger and one with a smaller reward."""
     rewards = torch.full((3, group_size), value, dtype=dtype)
     rewards[1, 0] += 1
     rewards[2, 0] -= 1
@@ -119,7 +119,7 @@ def test_equal_rewards_give_exactly_zero(value, group_size, dtype, scale, baseli
 
 
 def test_equal_rewards_of_one_tenth_are_a_float32_trap():
-    """Property 12: the mean of equal rewards can miss them, here by 7e-9, and a std as small would make that large."""
+    """The mean of equal rewards can miss them, here by 7e-9, and a std as small would make that large."""
     traps = [rewards for n in range(2, 65) if (rewards := torch.full((1, n), 0.1)).std() > 0]
     assert traps
     assert any((rewards - rewards.mean()).abs().max() > 0 for rewards in traps)
@@ -128,7 +128,7 @@ def test_equal_rewards_of_one_tenth_are_a_float32_trap():
 
 @given(st.integers(2, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))), dtypes)
 def test_binary_rewards_give_the_odds_of_failure_and_of_success(drawn, dtype):
-    """Property 13, of the sample std: sqrt((1-p)/p) and -sqrt(p/(1-p)), times sqrt((G-1)/G)."""
+    """Binary rewards, success fraction p, sample std: sqrt((1-p)/p) and -sqrt(p/(1-p)), times sqrt((G-1)/G)."""
     group_size, successes = drawn
     rewards = (torch.arange(group_size) < successes).to(dtype)[None]
     p, shrunk = successes / group_size, math.sqrt((group_size - 1) / group_size) * shrink(rewards)
@@ -139,7 +139,7 @@ def test_binary_rewards_give_the_odds_of_failure_and_of_success(drawn, dtype):
 
 @given(rewards(max_group=2))
 def test_two_distinct_rewards_give_plus_and_minus_one_over_the_root_of_two(rewards):
-    """Property 14, of the sample std."""
+    """G = 2 with distinct rewards: +-1 / sqrt(2), of the sample std."""
     first = group_advantages(rewards)[:, :1]
     sign = torch.sign(rewards[:, :1] - rewards[:, 1:])
     assert_close(first, sign / math.sqrt(2) * shrink(rewards))
@@ -147,7 +147,7 @@ def test_two_distinct_rewards_give_plus_and_minus_one_over_the_root_of_two(rewar
 
 @given(rewards())
 def test_leave_one_out_subtracts_the_mean_of_the_others(rewards):
-    """Property 15: r_i minus the mean of the others, which is G / (G - 1) (r_i - mean)."""
+    """RLOO: r_i minus the mean of the others, which is G / (G - 1) (r_i - mean)."""
     group_size = rewards.shape[1]
     others = (rewards.sum(1, keepdim=True) - rewards) / (group_size - 1)
     found = group_advantages(rewards, "none", "leave_one_out")
@@ -187,7 +187,7 @@ def steps(draw) -> tuple[Tensor, Tensor]:
 
 @given(steps())
 def test_process_advantages_sum_the_normalised_rewards_of_the_steps_still_to_end(drawn):
-    """Property 17: A_t - A_{t+1} is the normalised reward of the step that ends at t, else 0."""
+    """DeepSeekMath 4.1.3: A_t - A_{t+1} is the normalised reward of the step that ends at t, else 0."""
     rewards, ends = drawn
     advantages = process_advantages(rewards, ends)
     after = torch.cat([advantages[..., 1:], torch.zeros_like(advantages[..., :1])], dim=2)
@@ -202,7 +202,7 @@ def test_process_advantages_sum_the_normalised_rewards_of_the_steps_still_to_end
 
 @given(rewards(max_prompts=2, max_group=4), st.integers(1, 5), st.data())
 def test_one_step_at_the_last_token_is_outcome_supervision(rewards, width, data):
-    """Property 17."""
+    """DeepSeekMath 4.1.3: one step at the last token is outcome supervision."""
     lengths = data.draw(st.lists(st.integers(1, width), min_size=rewards.numel(), max_size=rewards.numel()))
     lengths = torch.tensor(lengths).view(*rewards.shape, 1)
     place = torch.arange(width).expand(*rewards.shape, width)
@@ -214,7 +214,7 @@ def test_one_step_at_the_last_token_is_outcome_supervision(rewards, width, data)
 @given(numbers(-1e6, 1e6), st.integers(1, 12), dtypes)
 @example(0.1, 3, torch.float32)
 def test_equal_step_rewards_give_exactly_zero(value, width, dtype):
-    """Property 12, of steps, also beside a group with a larger and one with a smaller step; one step alone is equal."""
+    """Equal rewards of steps give 0, also beside a group with larger and one with smaller steps, and one step alone."""
     rewards, ends = torch.full((3, 2, width), value, dtype=dtype), torch.ones(3, 2, width, dtype=torch.bool)
     rewards[1, 0, 0] += 1
     rewards[2, 0, 0] -= 1
@@ -259,7 +259,7 @@ def discounted_sum(x: Tensor, factor: float) -> Tensor:
 
 @given(episodes(), fractions, fractions)
 def test_gae_is_the_discounted_sum_of_the_residuals(episode, gamma, gae_lambda):
-    """Property 25: the recursion equals the double sum. Returns are advantages + values."""
+    """GAE Eq. 16: the recursion equals the double sum. Returns are advantages + values."""
     token_rewards, values, mask = episode
     advantages, returns = gae(*episode, gamma, gae_lambda)
     deltas = token_rewards + gamma * next_token(values) - values
@@ -269,7 +269,7 @@ def test_gae_is_the_discounted_sum_of_the_residuals(episode, gamma, gae_lambda):
 
 @given(episodes(), fractions)
 def test_gae_lambda_zero_is_the_residual_and_one_the_return_minus_the_value(episode, gamma):
-    """Property 26."""
+    """GAE Eqs. 17 and 18: lambda 0 gives delta_t, lambda 1 the return minus V_t."""
     token_rewards, values, _ = episode
     deltas = token_rewards + gamma * next_token(values) - values
     assert_close(gae(*episode, gamma, 0.0)[0], deltas, scale=100)
@@ -278,7 +278,7 @@ def test_gae_lambda_zero_is_the_residual_and_one_the_return_minus_the_value(epis
 
 @given(episodes(), numbers(-10, 10))
 def test_gae_without_discount_is_the_outcome_minus_the_value(episode, outcome):
-    """Property 26: gamma = lambda = 1 and R on the last token give R - V_t."""
+    """GAE Eq. 18: gamma = lambda = 1 and R on the last token give R - V_t."""
     _, values, mask = episode
     last = mask & ~next_token(mask)
     token_rewards = torch.zeros_like(values).masked_fill(last, outcome)
@@ -287,7 +287,7 @@ def test_gae_without_discount_is_the_outcome_minus_the_value(episode, outcome):
 
 @given(episodes(), fractions, fractions)
 def test_gae_advantages_differ_by_the_residual(episode, gamma, gae_lambda):
-    """Property 27: A_t - gamma lambda A_{t+1} = delta_t."""
+    """GAE Eq. 16: A_t - gamma lambda A_{t+1} = delta_t."""
     token_rewards, values, _ = episode
     advantages, _ = gae(*episode, gamma, gae_lambda)
     deltas = token_rewards + gamma * next_token(values) - values
@@ -296,7 +296,7 @@ def test_gae_advantages_differ_by_the_residual(episode, gamma, gae_lambda):
 
 @given(episodes(), fractions, fractions)
 def test_gae_is_the_weighted_mean_of_the_k_step_advantages(episode, gamma, gae_lambda):
-    """Property 28: weights (1 - lambda) lambda^(k-1) for k < K, and lambda^(K-1) for the last one."""
+    """GAE Eq. 16 as a weighted mean: weights (1 - lambda) lambda^(k-1) for k < K, and lambda^(K-1) for the last one."""
     token_rewards, values, mask = episode
     advantages, _ = gae(*episode, gamma, gae_lambda)
     for row, length in enumerate(mask.sum(1).tolist()):
@@ -311,7 +311,7 @@ def test_gae_is_the_weighted_mean_of_the_k_step_advantages(episode, gamma, gae_l
 
 @given(episodes(), fractions, fractions, st.data())
 def test_potential_shaping_leaves_gae_unchanged(episode, gamma, gae_lambda, data):
-    """Property 29: rewards r + gamma Phi_{t+1} - Phi_t with values V - Phi."""
+    """Potential shaping: rewards r + gamma Phi_{t+1} - Phi_t with values V - Phi."""
     token_rewards, values, mask = episode
     phi = data.draw(tensors(mask.shape, -10.0, 10.0, st.just(values.dtype))).where(mask, 0.0)
     shaped = gae(token_rewards + gamma * next_token(phi) - phi, values - phi, mask, gamma, gae_lambda)[0]
@@ -320,7 +320,7 @@ def test_potential_shaping_leaves_gae_unchanged(episode, gamma, gae_lambda, data
 
 @given(episodes(), fractions, st.data())
 def test_returns_of_lambda_one_do_not_depend_on_the_values(episode, gamma, data):
-    """Property 30."""
+    """GAE Eq. 18: with lambda 1, A + V does not depend on V."""
     token_rewards, values, mask = episode
     others = data.draw(tensors(mask.shape, -10.0, 10.0, st.just(values.dtype)))
     assert_close(gae(token_rewards, others, mask, gamma, 1.0)[1], gae(*episode, gamma, 1.0)[1], scale=100)
@@ -328,7 +328,7 @@ def test_returns_of_lambda_one_do_not_depend_on_the_values(episode, gamma, data)
 
 @given(episodes(), fractions, fractions, garbage)
 def test_padding_garbage_changes_nothing_in_gae(episode, gamma, gae_lambda, garbage):
-    """Property 31, of advantages and returns: 0 in the padding."""
+    """What stands in the padding changes nothing, of advantages and returns: 0 in the padding."""
     token_rewards, values, mask = episode
     dirty = (x.masked_fill(~mask, garbage) for x in (token_rewards, values))
     for found, expected in zip(gae(*dirty, mask, gamma, gae_lambda), gae(*episode, gamma, gae_lambda), strict=True):
@@ -387,7 +387,7 @@ def masked_numbers(draw) -> tuple[Tensor, Tensor]:
 
 @given(masked_numbers())
 def test_whitened_numbers_have_mean_zero_and_variance_one(drawn):
-    """Property 39: over the mask; the variance is s^2 / (s^2 + 1e-8), of the population."""
+    """Ziegler et al.'s whitening: over the mask; the variance is s^2 / (s^2 + 1e-8), of the population."""
     x, mask = drawn
     whitened, variance = whiten(x, mask)[mask], x[mask].var(correction=0)
     assert_close(whitened.mean(), 0.0)
@@ -396,7 +396,7 @@ def test_whitened_numbers_have_mean_zero_and_variance_one(drawn):
 
 @given(masked_numbers())
 def test_whitening_without_shift_keeps_the_mean(drawn):
-    """Property 39."""
+    """Ziegler et al.'s whitening."""
     x, mask = drawn
     scaled = whiten(x, mask, shift_mean=False)
     assert_close(scaled[mask].mean(), x[mask].mean(), scale=scaled.abs().max())
@@ -405,7 +405,7 @@ def test_whitening_without_shift_keeps_the_mean(drawn):
 
 @given(masked_numbers(), garbage, st.booleans())
 def test_padding_garbage_changes_nothing_in_whiten(drawn, garbage, shift_mean):
-    """Property 31, of whitening: 0 in the padding."""
+    """What stands in the padding changes nothing, of whitening: 0 in the padding."""
     x, mask = drawn
     whitened = whiten(x, mask, shift_mean)
     assert torch.equal(whiten(x.masked_fill(~mask, garbage), mask, shift_mean), whitened)

@@ -66,7 +66,7 @@ def test_the_ratio_is_that_of_the_probabilities(batch):
 
 @given(batches(), eps, eps, levels)
 def test_the_clipped_objective_is_a_lower_bound(batch, clip_eps, clip_eps_high, level):
-    """Property 1: min(rA, clip(r)A) <= rA, exactly."""
+    """PPO Eq. 7: min(rA, clip(r)A) <= rA, exactly."""
     options = dict(clip_eps=clip_eps, clip_eps_high=clip_eps_high, ratio_level=level)
     bound = (ratio(batch, level) * batch.advantages).where(batch.completion_mask, 0.0)
     assert (objective(batch, beta=0.0, **options) <= bound).all()
@@ -74,7 +74,7 @@ def test_the_clipped_objective_is_a_lower_bound(batch, clip_eps, clip_eps_high, 
 
 @given(batches(), eps, eps, levels)
 def test_clip_bounds_are_one_minus_clip_eps_and_one_plus_clip_eps_high(batch, clip_eps, clip_eps_high, level):
-    """Property 2: only the upper bound matters for A >= 0 and only the lower one for A < 0, exactly."""
+    """PPO Eq. 7: only the upper bound matters for A >= 0 and only the lower one for A < 0, exactly."""
     r, advantages = ratio(batch, level), batch.advantages
     low, high = (torch.tensor(bound, dtype=r.dtype) for bound in (1 - clip_eps, 1 + clip_eps_high))
     bound = torch.where(advantages >= 0, high, low)
@@ -108,7 +108,7 @@ def test_clip_higher_moves_the_upper_bound_alone():
 
 @given(batches(), eps, eps)
 def test_the_gradient_vanishes_where_nothing_more_can_be_gained(batch, clip_eps, clip_eps_high):
-    """Property 3: d/dr = A if (A > 0 and r <= 1 + eps_high) or (A < 0 and r >= 1 - eps_low), else exactly 0.
+    """PPO Eq. 7: d/dr = A if (A > 0 and r <= 1 + eps_high) or (A < 0 and r >= 1 - eps_low), else exactly 0.
 
     d/dlogprobs is r times that."""
     r, advantages, mask = ratio(batch), batch.advantages, batch.completion_mask
@@ -123,7 +123,7 @@ def test_the_gradient_vanishes_where_nothing_more_can_be_gained(batch, clip_eps,
 
 @given(batches(), eps)
 def test_within_the_clip_range_nothing_is_clipped(batch, clip_eps):
-    """Property 4: |r - 1| < eps implies L^CLIP = L^CPI, exactly."""
+    """PPO Eqs. 6 and 7: |r - 1| < eps implies L^CLIP = L^CPI, exactly."""
     r = ratio(batch)
     inside = ((r - 1).abs() < clip_eps - 1e-6) & batch.completion_mask
     assert torch.equal(objective(batch, beta=0.0, clip_eps=clip_eps)[inside], (r * batch.advantages)[inside])
@@ -131,7 +131,7 @@ def test_within_the_clip_range_nothing_is_clipped(batch, clip_eps):
 
 @given(batches(on_policy=True), averages, eps)
 def test_on_policy_the_gradient_is_that_of_the_vanilla_policy_gradient(batch, loss_average, clip_eps):
-    """Property 5: at r = 1 exactly, d loss / d logprobs = -A weight, exactly."""
+    """PPO Eq. 6: at r = 1 exactly, d loss / d logprobs = -A weight, exactly."""
     weights = average(batch, loss_average)
     assert ratio(batch).eq(1).all()
     gradient = loss_and_gradient(batch, weights, beta=0.0, clip_eps=clip_eps)[1]
@@ -140,7 +140,7 @@ def test_on_policy_the_gradient_is_that_of_the_vanilla_policy_gradient(batch, lo
 
 @given(batches(), averages, levels, st.floats(1e-3, 1e3))
 def test_scaled_advantages_scale_the_loss_and_the_gradient(batch, loss_average, level, scale):
-    """Property 6: A -> cA with c > 0; and A = 0 gives exactly 0 for both."""
+    """PPO Eq. 7: A -> cA with c > 0; and A = 0 gives exactly 0 for both."""
     options = dict(weights=average(batch, loss_average), beta=0.0, ratio_level=level)
     before = loss_and_gradient(batch, **options)
     after = loss_and_gradient(batch._replace(advantages=scale * batch.advantages), **options)
@@ -174,7 +174,7 @@ def test_the_kl_stands_outside_of_min_and_clip(batch, estimator, beta, level):
 
 @given(batches(), averages, st.sampled_from(["k1", "k3"]), betas, levels)
 def test_the_importance_weighted_kl_has_the_gradient_w_k1(batch, loss_average, estimator, beta, level):
-    """Property 22, DeepSeek-V3.2: grad(w k3) = w k1 s; and grad(w k1) = w (k1 + 1) s. A = 0 leaves the KL alone, which
+    """DeepSeek-V3.2: grad(w k3) = w k1 s; and grad(w k1) = w (k1 + 1) s. A = 0 leaves the KL alone, which
     has the ratio of the token, also under GSPO."""
     batch = batch._replace(advantages=torch.zeros_like(batch.advantages))
     weights, w, k1 = average(batch, loss_average), ratio(batch), batch.logprobs - batch.ref_logprobs
@@ -187,7 +187,7 @@ def test_the_importance_weighted_kl_has_the_gradient_w_k1(batch, loss_average, e
 
 @given(batches(on_policy=True), averages, betas)
 def test_on_policy_the_gradient_coefficient_is_that_of_the_paper(batch, loss_average, beta):
-    """Property 36: A + beta (pi_ref / pi_theta - 1), DeepSeekMath Eq. 21."""
+    """On-policy, the coefficient of the gradient is A + beta (pi_ref / pi_theta - 1), DeepSeekMath Eq. 21."""
     weights, r = average(batch, loss_average), (batch.ref_logprobs - batch.logprobs).exp()
     gradient = loss_and_gradient(batch, weights, beta=beta)[1]
     coefficient = batch.advantages + beta * (r - 1)
@@ -212,7 +212,7 @@ def test_without_a_weight_the_kl_is_shown_and_costs_nothing(batch, level):
 
 @given(batches())
 def test_the_sequence_ratio_is_the_geometric_mean_of_the_tokens(batch):
-    """Property 34: min_t w <= s_i <= mean_t w <= max_t w; a completion of one token has s = w. GSPO Eq. 7."""
+    """GSPO Eq. 7: min_t w <= s_i <= mean_t w <= max_t w; a completion of one token has s = w."""
     for w, s, mask in zip(ratio(batch), ratio(batch, "sequence"), batch.completion_mask, strict=True):
         w, length = w[mask].double(), int(mask.sum())
         assert s.eq(s[0]).all()
@@ -225,7 +225,7 @@ def test_the_sequence_ratio_is_the_geometric_mean_of_the_tokens(batch):
 
 @given(batches(on_policy=True, outcome=True), averages)
 def test_on_policy_gspo_has_the_gradient_of_grpo(batch, loss_average):
-    """Property 35: with beta = 0 and one advantage per completion."""
+    """On-policy, grad GSPO = grad GRPO (GSPO Eq. 7): with beta = 0 and one advantage per completion."""
     weights = average(batch, loss_average)
     of_grpo, of_gspo = (loss_and_gradient(batch, weights, beta=0.0, ratio_level=x)[1] for x in ("token", "sequence"))
     assert_close(of_gspo, of_grpo)
@@ -261,7 +261,7 @@ def test_rows_without_a_token_weigh_nothing(mask, loss_average):
     lambda shape: batches(mask=st.just(torch.ones(shape, dtype=torch.bool)))
 ), levels, betas)
 def test_with_equal_lengths_the_three_averages_agree(batch, level, beta):
-    """Property 32: J_GRPO = J_DAPO = J_DrGRPO MAX / L."""
+    """Equal lengths L: J_GRPO = J_DAPO = J_DrGRPO MAX / L."""
     options = dict(beta=beta, ratio_level=level)
     of_grpo, of_dapo, of_dr_grpo = (
         grpo_loss(*batch, average(batch, x), **options)[0] for x in ("sequence", "token", "constant")
@@ -273,7 +273,7 @@ def test_with_equal_lengths_the_three_averages_agree(batch, level, beta):
 
 @given(rewards(max_prompts=2, max_group=4), st.data())
 def test_on_policy_the_objective_is_zero_and_its_gradient_is_not(rewards, data):
-    """Property 33: beta = 0, outcome advantages; lengths may differ, for Eq. 3 counts every completion the same."""
+    """On-policy with beta 0, Eq. 3 is 0 whatever the lengths are, and its gradient is not."""
     num_rows = rewards.numel()
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, 5), min_size=num_rows, max_size=num_rows)))
     mask = torch.arange(5) < lengths[:, None]
@@ -324,7 +324,7 @@ def size_of(batch: Batch, options: dict) -> Tensor:
 
 @given(batches(), averages, every_option, st.data())
 def test_padding_garbage_changes_no_loss_and_no_gradient(batch, loss_average, options, data):
-    """Property 31: log-ratios of 1e30 or inf there, and columns added; gradients in the padding are exactly 0."""
+    """Padding changes nothing: log-ratios of 1e30 or inf there, and columns added; gradients there are exactly 0."""
     width, extra = batch.logprobs.shape[1], data.draw(st.integers(0, 3))
     mask = torch.nn.functional.pad(batch.completion_mask, (0, extra))
 
@@ -345,7 +345,7 @@ def test_padding_garbage_changes_no_loss_and_no_gradient(batch, loss_average, op
 
 @given(batches(), averages, every_option, st.data())
 def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_update(batch, loss_average, options, data):
-    """Property 42, its part in the loss: however the rows are ordered and cut, the weights being those of all."""
+    """The loss, however the rows are ordered and cut, the weights being those of all."""
     num_rows = len(batch.logprobs)
     order = torch.tensor(data.draw(st.permutations(range(num_rows))))
     parts = order.tensor_split(sorted(data.draw(st.sets(st.integers(0, num_rows)))))

@@ -39,7 +39,7 @@ def tables(draw, count: int = 2) -> list[Tensor]:
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=8), dtypes)
 @example([1e-9, -1e-7, 1e-4, 3e-4, 1e-20], torch.float32)
 def test_k2_and_k3_are_never_negative_and_zero_only_where_the_policies_agree(log_r, dtype):
-    """Property 18. Below the spacing of floats at 1, k3 rounds to 0: never to less."""
+    """k2, k3 >= 0, and 0 only where log r = 0. Below the spacing of floats at 1, k3 rounds to 0: never to less."""
     log_r = torch.tensor(log_r, dtype=dtype)
     k1, k2, k3 = estimates(log_r)
     assert torch.equal(k1, -log_r)
@@ -53,7 +53,7 @@ def test_k2_and_k3_are_never_negative_and_zero_only_where_the_policies_agree(log
 
 
 def test_k3_is_never_negative_near_zero_in_float32():
-    """Property 18, where exp(x) - 1 - x would reach -6e-8: a million log-ratios from 1e-9 to 10, of both signs."""
+    """k3 >= 0 where exp(x) - 1 - x would reach -6e-8: a million log-ratios from 1e-9 to 10, of both signs."""
     size = torch.logspace(-9, 1, 500_000)
     log_r = torch.cat([size, -size])
     assert (log_r.exp() - 1 - log_r).min() < 0
@@ -68,7 +68,7 @@ def test_k3_is_the_estimator_unless_another_is_named():
 
 @given(tensors((4,), -10.0, 10.0))
 def test_k3_minus_k1_is_the_ratio_minus_one_and_k3_is_near_k2(log_r):
-    """Property 20: k3 - k1 = r - 1, and |k3 - k2| <= |x|^3 e^|x| / 6."""
+    """Schulman: k3 - k1 = r - 1, and |k3 - k2| <= |x|^3 e^|x| / 6."""
     k1, k2, k3 = estimates(log_r)
     rounding = 8 * torch.finfo(log_r.dtype).eps * (log_r.exp() + log_r.square())
     assert ((k3 - k1 - torch.expm1(log_r)).abs() <= rounding).all()
@@ -77,7 +77,7 @@ def test_k3_minus_k1_is_the_ratio_minus_one_and_k3_is_near_k2(log_r):
 
 @given(tensors((4,), -10.0, 0.0, float64), tensors((4,), -10.0, 0.0, float64), tensors((4,), -10.0, 0.0, float64))
 def test_the_gradient_in_logprobs_is_one_then_k1_then_one_minus_r(logprobs, ref_logprobs, mu_logprobs):
-    """Property 22: per sample, grad k2 = k1 s and grad(w k3) = w k1 s; also grad k1 = s and grad k3 = (1 - r) s."""
+    """Per sample, grad k2 = k1 s and grad(w k3) = w k1 s; also grad k1 = s and grad k3 = (1 - r) s."""
     logprobs.requires_grad_()
     k1, k2, k3 = (kl_estimate(logprobs, ref_logprobs, name) for name in ("k1", "k2", "k3"))
     r, w = (ref_logprobs - logprobs).exp(), (logprobs - mu_logprobs).exp()
@@ -99,7 +99,7 @@ def test_both_arguments_carry_a_gradient_of_opposite_sign(logprobs, ref_logprobs
 
 @given(tables())
 def test_k1_and_k3_are_unbiased_and_the_kl_is_not_negative(logits):
-    """Property 19: E_pi[k1] = E_pi[k3] = KL >= 0."""
+    """Schulman: E_pi[k1] = E_pi[k3] = KL >= 0."""
     kl = exact_kl(*logits)
     logp, ref_logp = (x.log_softmax(-1) for x in logits)
     k1, _, k3 = ((logp.exp() * kl_estimate(logp, ref_logp, name)).sum() for name in ("k1", "k2", "k3"))
@@ -123,7 +123,7 @@ def test_exact_kl_is_the_sum_over_the_vocabulary_for_every_leading_index(logits)
 
 @given(tables())
 def test_the_variance_of_one_minus_r_is_the_chi_squared_divergence(logits):
-    """Property 23: Var_pi[1 - r] = chi^2(ref || pi), and 1 - r = k1 - k3 is the coefficient of the gradient of k3."""
+    """Var_pi[1 - r] = chi^2(ref || pi), and 1 - r = k1 - k3 is the coefficient of the gradient of k3."""
     logp, ref_logp = (x.log_softmax(-1) for x in logits)
     pi, ref = logp.exp(), ref_logp.exp()
     coefficient = kl_estimate(logp, ref_logp, "k1") - kl_estimate(logp, ref_logp, "k3")
@@ -144,7 +144,7 @@ two_tokens = tensors((3, 2), -5.0, 5.0, float64)
 
 @given(two_tokens, two_tokens)
 def test_k1_of_the_tokens_sums_to_the_log_ratio_of_the_completion(logits, ref_logits):
-    """Property 24: sum_t k1_t = log pi(y) - log ref(y)."""
+    """The chain rule: sum_t k1_t = log pi(y) - log ref(y)."""
     logprobs, ref_logprobs = token_logprobs(logits), token_logprobs(ref_logits)
     log_ratio = (logprobs.sum(1).exp() / ref_logprobs.sum(1).exp()).log()
     assert_close(kl_estimate(logprobs, ref_logprobs, "k1").sum(1), log_ratio)
@@ -152,7 +152,7 @@ def test_k1_of_the_tokens_sums_to_the_log_ratio_of_the_completion(logits, ref_lo
 
 @given(two_tokens, two_tokens)
 def test_k1_in_the_reward_gives_the_gradient_of_the_kl_of_whole_completions(logits, ref_logits):
-    """Property 21, with several tokens: k1 in the reward is exact, a loss of k2 per token is not."""
+    """The table of kl.py, with several tokens: k1 in the reward is exact, a loss of k2 per token is not."""
     logits.requires_grad_()
     logprobs, ref_logprobs = token_logprobs(logits), token_logprobs(ref_logits)             # (4, 2)
     pi = logprobs.sum(1).exp()                                                              # (4,)
@@ -163,7 +163,7 @@ def test_k1_in_the_reward_gives_the_gradient_of_the_kl_of_whole_completions(logi
 
 
 def test_k2_in_the_loss_misses_the_gradient_of_the_kl_of_whole_completions():
-    """Property 21, with several tokens: it forgets that the first token changes what the second one costs."""
+    """The table of kl.py, with several tokens: it forgets that the first token changes what the second one costs."""
     logits, ref_logits = torch.randn(2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits.requires_grad_()
     logprobs, ref_logprobs = token_logprobs(logits), token_logprobs(ref_logits)
@@ -235,21 +235,21 @@ def table_gradients(row: str, theta: Tensor, ref: Tensor, mu: Tensor) -> tuple[T
 @pytest.mark.parametrize("row", [row for row, (_, equals) in gradient_table.items() if equals != "none of them"])
 @given(tables(count=3))
 def test_the_expected_gradient_is_that_of_the_table(row, logits):
-    """Property 21, to 1e-12."""
+    """The table of kl.py, to 1e-12."""
     found, known = table_gradients(row, *logits)
     torch.testing.assert_close(found, known[gradient_table[row][1]], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("row", gradient_table)
 def test_the_rows_of_the_table_are_different_directions(row):
-    """Property 21: a row is what the table says and nothing else; without a weight, samples of mu give none of them."""
+    """A row is what the table says and nothing else; without a weight, samples of mu give none of them."""
     found, known = table_gradients(row, THETA, REF, MU)
     equal = [name for name, gradient in known.items() if (found - gradient).abs().max() < 1e-3]
     assert equal == [name for name in known if name == gradient_table[row][1]]
 
 
 def test_five_categories_have_the_known_divergences_and_gradients():
-    """Property 21, the oracle: RKL, FKL and E[k2] to 12 digits, the gradients to 8."""
+    """The table of kl.py for five categories: RKL, FKL and E[k2] to 12 digits, the gradients to 8."""
     logp, ref_logp = THETA.log_softmax(-1), REF.log_softmax(-1)
     k2 = (logp.exp() * kl_estimate(logp, ref_logp, "k2")).sum()
     values = torch.stack([exact_kl(THETA, REF), exact_kl(REF, THETA), k2])
@@ -318,7 +318,7 @@ positive = st.floats(1e-6, 1e6)
 
 @given(positive, positive, st.floats(-1e6, 1e6), st.floats(0.01, 1.0))
 def test_adaptive_kl_moves_beta_by_two_percent_at_most_and_towards_the_target(beta, target, kl, gain):
-    """Property 40, Ziegler et al.: beta grows where the KL is too large; 10 % of the relative error, 2 % at most."""
+    """Ziegler et al.: beta grows where the KL is too large; 10 % of the relative error, 2 % at most."""
     factor = adaptive_beta(beta, kl, target) / beta
     assert 0.98 - 1e-12 <= factor <= 1.02 + 1e-12
     error = kl / target - 1
@@ -331,7 +331,7 @@ def test_adaptive_kl_moves_beta_by_two_percent_at_most_and_towards_the_target(be
 
 @given(positive, positive, st.floats(0, 10))
 def test_penalty_kl_halves_keeps_or_doubles_beta(beta, target, relative):
-    """Property 40, PPO section 4: the factor is 1/2 below target / 1.5, 2 above 1.5 target, else 1."""
+    """PPO section 4: the factor is 1/2 below target / 1.5, 2 above 1.5 target, else 1."""
     kl = relative * target
     factor = 0.5 if kl < target / 1.5 else 2.0 if kl > target * 1.5 else 1.0
     assert penalty_beta(beta, kl, target) == factor * beta
@@ -340,7 +340,7 @@ def test_penalty_kl_halves_keeps_or_doubles_beta(beta, target, relative):
 
 
 def test_controllers_go_on_from_the_beta_that_they_gave():
-    """Property 40: a few updates, each from the beta of the one before."""
+    """A few updates, each from the beta of the one before."""
     penalty, adaptive = [1.0], [1.0]
     for kl in (9.0, 9.0, 1.0, 0.1):
         penalty.append(penalty_beta(penalty[-1], kl, target=1.0))
