@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Everything here runs offline, on the CPU, with random tiny models built in code.
 
-HYPOTHESIS_PROFILE=dev (the default) is quick; ci draws more examples, the same ones every time, and adds what is slow:
-several processes, kills, the simulated device, the plumbing of ppo.py. mutation is what tests/mutation uses: few
-examples, the same ones every time, and a failure is not made smaller.
+HYPOTHESIS_PROFILE chooses how many examples a property gets: dev (the default) is quick; ci draws more, the same ones
+every time; mutation is what tests/tools use: few, the same ones every time, and a failure is not made smaller.
 """
 
 import os
@@ -36,15 +35,3 @@ def signal_handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-PLUMBING = ("test_bad_input.py", "test_data.py", "test_faults.py")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the quick profile the plumbing is tested in grpo.py only: in ppo.py it is the same text, see test_twins.py."""
-    if os.environ.get("HYPOTHESIS_PROFILE", "dev") == "dev":
-        names, plumbing = {item.nodeid for item in items}, [item for item in items if item.path.name in PLUMBING]
-        again = [x for x in plumbing if "ppo" in x.nodeid and x.nodeid.replace("ppo", "grpo") in names]
-        config.hook.pytest_deselected(items=again)
-        items[:] = [item for item in items if item not in again]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from advantage import gae, group_advantages, process_advantages, whiten
-from strategies import (
+from helpers.strategies import (
     assert_close,
     baselines,
     dtypes,

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from advantage import gae, group_advantages
-from enumeration import Policy, softmax_policy, tables, transformer_policy, transformers
 from grpo import grpo_loss, loss_weights
+from helpers.exact_policies import Policy, softmax_policy, tables, transformer_policy, transformers
+from helpers.strategies import assert_close, float64, tensors
 from kl import exact_kl, kl_estimate
 from ppo import policy_loss, rewards_with_kl
-from strategies import assert_close, float64, tensors
 from test_kl import GRAD_FKL, GRAD_RKL, MU, REF, THETA
 
 MAX_NEW_TOKENS = 4  # more than the longest completion has

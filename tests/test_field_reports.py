@@ -17,20 +17,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data_and_models import make_tokenizer
 from tokenizers import AddedToken, processors
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import grpo
 import ppo
-import sweep_families
-from families import make_model
-from running import SMALL, assert_same_run, command, curves, finish, make_folder, saved, slow, start, weights
-from test_data import make_tokenizer
+from helpers.runs import SMALL, assert_same_run, command, curves, finish, make_folder, saved, start, weights
+from helpers.tiny_models import make_model
 from test_sampling import Graph, sample
+from tools import sweep_families
 
 ROOT = Path(__file__).parents[1]
-both = pytest.mark.parametrize("script", [grpo, pytest.param(ppo, marks=slow)], ids=["grpo", "ppo"], indirect=True)
+both = pytest.mark.parametrize(
+    "script", [grpo, pytest.param(ppo, marks=pytest.mark.slow)], ids=["grpo", "ppo"], indirect=True
+)
 
 
 @pytest.fixture
@@ -256,7 +258,7 @@ def test_ctrl_c_during_a_reward_is_no_failure_of_the_reward(script, monkeypatch)
         script.train(arguments(script))
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_a_process_whose_reward_exits_says_so_and_does_not_end_with_0(folder, name):
     """A reward called sys.exit(): a shell script that waited for exit code 0 went on with the untrained model."""
@@ -279,7 +281,7 @@ def test_a_reward_that_changes_the_folder_does_not_change_where_the_run_is_kept(
 
 
 @pytest.mark.parametrize(
-    ("script", "value"), [(grpo, 1e39), (grpo, -1e39), pytest.param(ppo, 1e39, marks=slow), (ppo, 1e20)],
+    ("script", "value"), [(grpo, 1e39), (grpo, -1e39), pytest.param(ppo, 1e39, marks=pytest.mark.slow), (ppo, 1e20)],
     indirect=["script"],
 )  # fmt: skip
 def test_a_reward_too_large_for_float32_fails_as_nan_does(script, monkeypatch, value):
@@ -481,7 +483,7 @@ def test_a_finished_run_that_is_resumed_writes_no_evaluation_twice(script, capsy
     assert Path("runs/a/completions.jsonl").read_text() == before
 
 
-@slow
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_an_evaluation_writes_it_once(folder):
     """Killed between an evaluation and the next checkpoint, and resumed: its completions stood there twice."""
     killing = """
@@ -597,7 +599,9 @@ def test_a_model_without_a_transformer_of_its_own_gets_values_or_a_sentence(scri
 
 
 @both
-@pytest.mark.parametrize("name", ["dbrx", pytest.param("xglm", marks=slow), pytest.param("inkling2_text", marks=slow)])
+@pytest.mark.parametrize(
+    "name", ["dbrx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("xglm", "inkling2_text"))]
+)
 def test_a_model_that_cannot_compute_in_bfloat16_computes_in_float32_or_a_sentence_says_so(script, capsys, name):
     """A model mixed dtypes where the trial, which is in float32, did not: a traceback in the first step."""
     family(name)
@@ -700,7 +704,7 @@ def other_weights() -> dict:
 DIFFERENT = {"problems": other_problems, "weights": other_weights, "arguments": lambda: dict(temperature=0.5)}
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_processes_that_were_given_different_things_are_refused(folder, what):
     """Two hosts had different files under one name: each process scored the other's completions behind its own
@@ -712,7 +716,7 @@ def test_processes_that_were_given_different_things_are_refused(folder, what):
     assert not Path("runs/a/checkpoint.pt").exists()
 
 
-@slow
+@pytest.mark.slow
 def test_what_one_process_finds_wrong_all_processes_end_with(folder):
     """The name of a run was taken: besides the sentence there was a traceback of the process that does not write."""
     Path("runs/a").mkdir(parents=True)
@@ -720,14 +724,14 @@ def test_what_one_process_finds_wrong_all_processes_end_with(folder):
     assert "cannot write the run to runs/a" in assert_refused_once(processes(again, again))
 
 
-@slow
+@pytest.mark.slow
 def test_what_only_the_second_process_finds_wrong_is_said_once_by_all(folder):
     """A host lacked a file: the process there said so, and the others failed for reasons of their own."""
     lacking = command("grpo", run_name="a", data="nothing.jsonl")
     assert "cannot read nothing.jsonl" in assert_refused_once(processes(command("grpo", run_name="a"), lacking))
 
 
-@slow
+@pytest.mark.slow
 def test_all_processes_know_the_name_of_the_run(folder):
     """A run without a name was trained by two processes: in one, `train` returned a folder that is not there."""
     returns = """
@@ -740,7 +744,7 @@ script.train = lambda *args: print("FOLDER", train(*args))
     assert Path(folders[0][0], "model.safetensors").exists()
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zamba", "zamba2"])
 def test_a_model_whose_layers_share_weights_is_trained_by_several_processes_or_refused(folder, name):
     """Zamba's layers hold layers that are shared: sharding them one by one was a TypeError."""
@@ -752,7 +756,7 @@ def test_a_model_whose_layers_share_weights_is_trained_by_several_processes_or_r
     assert "Traceback" not in said
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_waits_for_the_others_says_so_and_can_be_ended(folder, number):
     """The variables of torchrun were left in a shell: nothing was printed, and Ctrl-C did nothing."""
@@ -767,7 +771,7 @@ def test_a_process_that_waits_for_the_others_says_so_and_can_be_ended(folder, nu
     assert "waiting" in said
 
 
-@slow
+@pytest.mark.slow
 def test_a_process_gives_up_waiting_for_the_others_in_a_sentence(folder):
     """It waited for two hours for a process that had never been started."""
     soon = """
@@ -782,7 +786,7 @@ script.timedelta = lambda **time: timedelta(seconds=3) if timedelta(**time) < ti
     assert "Traceback" not in said
 
 
-@slow
+@pytest.mark.slow
 def test_a_reward_that_exits_in_one_process_ends_all(folder):
     """sys.exit() in the reward of one of two processes: the other one ended in a traceback of gloo."""
     exits = """
@@ -801,7 +805,7 @@ script.reward = lambda *x: sys.exit() if os.environ["RANK"] == "1" and next(call
 SLOW_STEP = "script.reward = lambda *x: time.sleep(5) or 0.0"  # 4 of them in each of two processes
 
 
-@slow
+@pytest.mark.slow
 def test_sigterm_under_torchrun_names_its_patience(folder):
     """torchrun kills its processes 30 seconds after it was told to end: the step had not been saved."""
     run = command("grpo", SLOW_STEP, processes=2, run_name="a")

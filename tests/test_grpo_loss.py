@@ -13,8 +13,8 @@ from torch import Tensor
 
 from advantage import group_advantages
 from grpo import grpo_loss, loss_weights
+from helpers.strategies import Batch, assert_close, batches, masks, rewards, tensors
 from kl import kl_estimate
-from strategies import Batch, assert_close, batches, masks, rewards, tensors
 
 eps = st.floats(1e-3, 0.999)
 levels = st.sampled_from(["token", "sequence"])

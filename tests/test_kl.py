@@ -15,8 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.strategies import assert_close, dtypes, float64, tensors
 from kl import adaptive_beta, exact_kl, kl_estimate, penalty_beta
-from strategies import assert_close, dtypes, float64, tensors
 
 estimators = st.sampled_from(["k1", "k2", "k3"])
 

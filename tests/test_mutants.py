@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The table of tests/mutation/pitfalls.py fits the source: a commit that changes a line of it changes its row, too."""
+"""The table of tests/tools/pitfalls.py fits the source: a commit that changes a line of it changes its row, too."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-from mutation.pitfalls import PITFALLS, with_the_bug
+from tools.pitfalls import PITFALLS, with_the_bug
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 
 import ppo
 from advantage import gae
-from families import NOT_SHARING, SHARING, batch_of, in_parts, make_model, with_copies
+from helpers.strategies import Batch, assert_close, batches, dtypes, float64, garbage, masks, numbers, tensors
+from helpers.tiny_models import NOT_SHARING, SHARING, batch_of, in_parts, make_model, with_copies
 from kl import exact_kl, kl_estimate
 from ppo import (
     ValueModel,
@@ -30,7 +31,6 @@ from ppo import (
     rewards_with_kl,
     value_loss,
 )
-from strategies import Batch, assert_close, batches, dtypes, float64, garbage, masks, numbers, tensors
 
 eps = st.floats(1e-3, 0.999)
 value_eps = st.floats(1e-3, 5.0)

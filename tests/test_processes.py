@@ -14,9 +14,9 @@ from torch.distributed.fsdp._fully_shard import _fully_shard
 
 import grpo
 import ppo
-from running import SMALL, command, curves, finish, make_folder, saved, slow, start, weights
+from helpers.runs import SMALL, command, curves, finish, make_folder, saved, start, weights
 
-pytestmark = slow
+pytestmark = pytest.mark.slow
 
 SEVERAL = dict(micro_batch_tokens=30)  # less than a group takes
 CASES = {  # name: (script, folder of the model, arguments)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from advantage import gae, group_advantages
 from grpo import grpo_loss, loss_weights
+from helpers.strategies import baselines, scales
 from kl import kl_estimate
 from ppo import policy_loss, rewards_with_kl, value_loss
-from strategies import baselines, scales
 
 log_ratios = st.floats(-10, 10)  # log(pi_theta / pi_old) or log(pi_ref / pi_theta), in nats
 numbers = st.floats(-10, 10, allow_subnormal=False)

@@ -15,7 +15,7 @@ import tyro
 
 import grpo
 import ppo
-from running import curves, finish, slow, start
+from helpers.runs import curves, finish, start
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -159,7 +159,7 @@ def with_task(script: str, *examples: str) -> str:
     return f"{before}#{block}#{after}"
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["grpo", "ppo"])
 def test_the_worked_examples_train_in_place_of_the_functions_that_they_replace(script, tmp_path, monkeypatch):
     """And learn, with the thread pool, too. Nothing outside of the block knows the task."""
@@ -186,7 +186,7 @@ def test_the_thread_pool_waits_together_and_not_longer_than_its_limit():
     assert time.monotonic() - began < 2.9
 
 
-@slow
+@pytest.mark.slow
 def test_the_trained_model_is_loaded_and_prompted_as_it_is_shown(tmp_path, monkeypatch):
     """The tiny model, as if it had been trained: `policy/` is a folder of the same kind."""
     (tmp_path / "runs/RUN_NAME").mkdir(parents=True)
@@ -196,7 +196,7 @@ def test_the_trained_model_is_loaded_and_prompted_as_it_is_shown(tmp_path, monke
     assert "38+57=" in finish(start([sys.executable, "load.py"]))
 
 
-@slow
+@pytest.mark.slow
 def test_process_supervision_trains_in_place_of_the_lines_that_it_replaces(tmp_path, monkeypatch):
     lines = FILES["grpo.py"].splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if line.startswith("        groups = rewards.view"))

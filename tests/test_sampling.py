@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import grpo
-from families import NOT_SHARING, SHARING, VOCAB, make_model
+from helpers.tiny_models import NOT_SHARING, SHARING, VOCAB, make_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [4, 3, 2], [12]]
 ENDS = torch.arange(0, VOCAB, 6)  # many end tokens: rows end at different times

@@ -6,7 +6,7 @@
     bench-env/bin/python tests/bench/compare.py --shape qwen2.5-0.5b --data gsm8k_train.jsonl --device cuda \
         --case 8x8x256-kl-bf16
 
-tests/prepare_smollm2.py makes the folder smollm2. A case is named BxGxT: B prompts, G completions each, T new tokens.
+tests/tools/prepare_smollm2.py makes the folder smollm2. A case is named BxGxT: B prompts, G completions, T new tokens.
 "tiny-": the model of tests/tiny. "-kl": beta 0.04 and a reference policy, else beta 0. "-bf16": bfloat16 computation
 over float32 weights, else float32. "-natural": completions may end by themselves, else all N x T tokens must be made.
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from families import make_model
 from grpo import Batch, completion_logprobs
-from strategies import float64, tensors
+from helpers.strategies import float64, tensors
+from helpers.tiny_models import make_model
 
 END = 1
 

@@ -17,16 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import grpo
 import ppo
-from running import CI, SMALL, assert_same_run, command, curves, finish, make_folder, saved, slow, start, weights
+from helpers.runs import SMALL, assert_same_run, command, curves, finish, make_folder, saved, start, weights
 
 CHECKPOINT, ASIDE = Path("runs/a/checkpoint.pt"), Path("runs/a/checkpoint.aside")
 
 
-@pytest.fixture(params=[grpo, ppo], ids=["grpo", "ppo"])
+@pytest.fixture(params=[grpo, pytest.param(ppo, marks=pytest.mark.slow)], ids=["grpo", "ppo"])
 def script(request, monkeypatch, folder):
     """One of the scripts, in a folder with a model and problems, with a reward that a random model can earn."""
     monkeypatch.setattr(request.param, "reward", variety)
@@ -83,7 +84,7 @@ def saves() -> int:
     return CHECKPOINT.stat().st_mtime_ns if CHECKPOINT.exists() else 0
 
 
-@slow
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, capsys):
     kills, seed = 18, random.randrange(1000)
     moments, pid, inside = random.Random(seed), "", 0
@@ -190,7 +191,7 @@ def test_a_run_is_not_written_over(script, capsys):
     assert CHECKPOINT.read_bytes() == before
 
 
-@slow
+@pytest.mark.slow
 def test_two_processes_do_not_resume_one_run_at_the_same_time(script, capsys):
     run(script, capsys, num_steps=1)
     slow = "script.reward = lambda completion, problem: time.sleep(0.1) or len(set(completion)) / 10"
@@ -226,12 +227,12 @@ def test_what_only_the_machine_needs_may_change_on_the_way(script, capsys):
     assert saved("a")["step"] == 3
 
 
-# ----- SIGTERM and SIGINT (see also test_train.py) -----
+# ----- SIGTERM and SIGINT (see also test_training.py) -----
 
 SLOW_STEPS = "script.reward = lambda completion, problem: time.sleep(60)"
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_leaves_at_once(folder, number):
     with start(command("grpo", SLOW_STEPS, run_name="a")) as process:
@@ -382,7 +383,7 @@ def test_a_bit_altered_anywhere_is_refused_or_changes_nothing(script, capsys):
     run(script, capsys, run_name="whole", num_steps=2)
     run(script, capsys, num_steps=1)
     good, moments, refused = CHECKPOINT.read_bytes(), random.Random(0), 0
-    for _ in range(100 if CI else 10):
+    for _ in range(settings().max_examples // 2):
         CHECKPOINT.write_bytes(altered(good, moments.randrange(len(good)), moments.randrange(8)))
         capsys.readouterr()
         code = script.main(arguments(script, resume="auto", num_steps=2))
@@ -390,7 +391,7 @@ def test_a_bit_altered_anywhere_is_refused_or_changes_nothing(script, capsys):
         refused += code == 2 and "cannot be loaded: " in said and "Traceback" not in said
         if code != 2:
             assert_same_run("whole", "a")
-    assert refused > (60 if CI else 5)
+    assert refused > settings().max_examples // 4
 
 
 # ----- A reward that fails -----
@@ -404,7 +405,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", ["raises", "nan", *(pytest.param(name, marks=slow) for name in [*WRONG][2:])])
+@pytest.mark.parametrize(
+    "wrong", ["raises", "nan", *(pytest.param(name, marks=pytest.mark.slow) for name in [*WRONG][2:])]
+)
 @pytest.mark.parametrize("when", ["training", "evaluation"])
 def test_a_wrong_reward_stops_the_run_and_keeps_what_was_learned(script, capsys, monkeypatch, wrong, when):
     text, error, says = WRONG[wrong]
@@ -426,7 +429,7 @@ def test_a_wrong_reward_stops_the_run_and_keeps_what_was_learned(script, capsys,
     assert_same_run("whole", "a")
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_the_line_of_a_wrong_reward_is_named(folder, name):
     wrong = "\ndef reward(completion, problem):\n    return 1 / 0  # this line\nscript.reward = reward"
@@ -441,7 +444,7 @@ def test_the_line_of_a_wrong_reward_is_named(folder, name):
 LOSSES = {grpo: ["grpo_loss"], ppo: ["policy_loss", "value_loss"]}
 
 
-@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=slow)])
+@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("script", "loss"), [(grpo, 0), (ppo, 0), (ppo, 1)], indirect=["script"])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(script, loss, value, capsys, monkeypatch):
     """Two updates a step: the first one of step 1 and both of step 2 are spoiled."""

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import grpo
 import ppo
-from families import make_model
-from running import MEASURED, curves, make_folder, saved, slow, weights
+from helpers.runs import MEASURED, curves, make_folder, saved, weights
+from helpers.tiny_models import make_model
 
 TINY = grpo.Args.model
 SMALL = dict(
@@ -137,7 +137,7 @@ def test_the_seconds_of_a_step_and_its_tokens_per_second_are_logged(script, monk
     assert speeds == pytest.approx([float(x) for x in expected])
 
 
-@slow
+@pytest.mark.slow
 def test_one_seed_gives_one_result_and_another_seed_another(script):
     folders = [script.train(small(script, f"{i}", seed=seed)) for i, seed in enumerate((1, 1, 2))]
     first, again, other = map(weights, folders)
@@ -160,7 +160,7 @@ def test_the_first_ratio_is_exactly_1_and_the_first_kl_exactly_0(script):
         assert 0 < found["policy/sampler_gap"][0][1] < 1e-5
 
 
-@slow
+@pytest.mark.slow
 def test_the_step_does_not_depend_on_micro_batches_or_on_sharing_the_prompt(script, monkeypatch):
     monkeypatch.setattr(script, "reward", variety)
     alone = dict(share_prompt=False)
@@ -194,7 +194,7 @@ PPO_CHOICES = [
 CHOICES = [*((grpo, choices) for choices in GRPO_CHOICES), *((ppo, choices) for choices in PPO_CHOICES)]
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "choices"), CHOICES, indirect=["script"], ids=lambda x: getattr(x, "__name__", None) or next(iter(x))
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import grpo
-from families import NOT_SHARING, SHARING, VOCAB, batch_of, in_parts, make_model, with_copies
+from helpers.tiny_models import NOT_SHARING, SHARING, VOCAB, batch_of, in_parts, make_model, with_copies
 
 
 def one_by_one(model, batch, temperature):

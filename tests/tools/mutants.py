@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Mutation testing: change the math a little, a thousand times, and see whether a test fails every time.
 
-    .venv/bin/python tests/mutation/run.py                        all mutants
-    .venv/bin/python tests/mutation/run.py "ppo.x_value_loss*"    the mutants of one function
+    .venv/bin/python tests/tools/mutants.py                      all mutants
+    .venv/bin/python tests/tools/mutants.py "ppo.x_value_loss*"    the mutants of one function
 
 Prints the score and, as diffs, the mutants that no test notices; fails if one of them is not in survivors.txt, which
 says why it changes nothing. WORKERS=2 takes two processes. Works in a temporary folder, into which it also installs
@@ -28,9 +28,32 @@ ROOT = HERE.parents[1]
 MUTATED = {
     "advantage.py": None,
     "kl.py": None,
-    "grpo.py": {"loss_weights", "grpo_loss", "predict_completions", "completion_logprobs"},
-    "ppo.py": {"policy_loss", "value_loss", "token_rewards", "completion_values", "ValueModel", "explained_variance"},
+    "grpo.py": {"loss_weights", "grpo_loss", "predict_completions", "completion_logprobs", "token_entropy"},
+    "ppo.py": {"policy_loss", "value_loss", "rewards_with_kl", "completion_values", "ValueModel", "explained_variance"},
 }
+VERSION = "3.8.1"  # of mutmut
+SETTINGS = """
+[mutmut]
+source_paths=
+    advantage.py
+    kl.py
+    grpo.py
+    ppo.py
+# torch does not like to be forked from a process that has used it.
+process_isolation=forkserver
+also_copy=
+    .pytest.ini
+pytest_add_cli_args_test_selection=
+    -knot qwen3_5_text and (not __mutmut_ or __mutmut_orig)
+    tests/test_advantage.py
+    tests/test_kl.py
+    tests/test_grpo_loss.py
+    tests/test_ppo_loss.py
+    tests/test_logprobs.py
+# A mutant may take four times as long as its tests and a minute: nothing here can run forever, so this is for load.
+timeout_multiplier=4
+timeout_constant=60
+"""
 MUTMUT = "import sys; sys.path.append(sys.argv.pop(1)); from mutmut.__main__ import cli; cli(prog_name='mutmut')"
 TIMEOUT = {-24, 24, 36, 152, 255}
 KILLED = {1, 3} | TIMEOUT  # a test failed, or took far too long
@@ -74,12 +97,11 @@ def main() -> int:
         folder, tools = Path(folder), Path(folder, "tools")
         for name, names in MUTATED.items():
             (folder / name).write_text(fenced((ROOT / name).read_text(), names))
-        for settings in (HERE / "setup.cfg", ROOT / ".pytest.ini"):
-            shutil.copy(settings, folder)
-        shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("mutation", "__pycache__"))
-        wanted = (HERE / "requirements.txt").read_text().strip()
-        if wanted.partition("==")[2] not in [x.version for x in metadata.distributions(name="mutmut")]:
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", tools, wanted]
+        (folder / "setup.cfg").write_text(SETTINGS)
+        shutil.copy(ROOT / ".pytest.ini", folder)
+        shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        if VERSION not in [x.version for x in metadata.distributions(name="mutmut")]:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", tools, f"mutmut=={VERSION}"]
             subprocess.run(pip, check=True)
         sys.path.append(str(tools))  # last: everything else stays as the tests have it
 

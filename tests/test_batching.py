@@ -23,11 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import grpo
 import ppo
-from families import SHARING, VOCAB, make_model, with_copies
+from helpers.runs import SCRIPTS
+from helpers.tiny_models import SHARING, VOCAB, make_model, with_copies
 from kl import kl_estimate
-from running import CI
 
-SCRIPTS = pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
 CHARACTERS = "0123456789+=;#~ abc"
 EOS_IDS = torch.arange(0, len(CHARACTERS), 4)  # many, so that rows end at different times
 PROMPTS = ["1+2=", "17+5=", "9=", "abc 12+34=", "4+4;", "a=b+c+7="]  # 4 for every step, of the 5 not held out
@@ -220,8 +219,11 @@ CHOICES = {  # whatever else takes a mean over the batch or over a completion
 }  # fmt: skip
 CASES = [("gpt2", setting, variant) for setting in SETTINGS for variant in VARIANTS]
 CASES += [("llama", "sequence, two epochs", variant) for variant in VARIANTS]  # float64 says more
-if not CI:  # each variant in some settings
-    CASES = [case for i, case in enumerate(CASES) if (i + i // len(VARIANTS)) % 6 == 0]
+# Quick: each variant in some settings.
+CASES = [
+    case if (i + i // len(VARIANTS)) % 6 == 0 else pytest.param(*case, marks=pytest.mark.slow)
+    for i, case in enumerate(CASES)
+]
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 """Goes over every kind of causal language model that transformers has, with tiny random weights: do the scripts train
 it right, or say in one sentence that they cannot?
 
-    python tests/sweep_families.py [--modes MODE ...] [--only FAMILY ...] [--processes 2]
+    python tests/tools/sweep_families.py [--modes MODE ...] [--only FAMILY ...] [--processes 2]
 
     score     does grpo.py sample and score right? The truth is each completion alone in a plain forward pass (default)
     grpo      two steps of grpo.py in float32; then its export is loaded again and compared with the trained model
@@ -39,6 +39,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.distributed.checkpoint.state_dict  # these three once, before the forks
@@ -51,8 +52,8 @@ from transformers.utils import logging
 
 import grpo
 import ppo
-from families import with_copies
-from running import SMALL, command, curves, make_folder, start
+from helpers.runs import SMALL, command, curves, make_folder, start
+from helpers.tiny_models import with_copies
 
 SECONDS, TOLERANCE, VOCAB, NO_DECODER = 60, 1e-3, 61, "is_decoder is False"
 TWO = ["llama", "gemma3_text", "mixtral", "qwen3_5_text", "falcon_h1", "zamba", "gpt2", "gpt_neo"]
@@ -238,7 +239,7 @@ def train(script, name: str, **args: object) -> dict:
     """The curves of two steps in this process, once the export is found to be the trained model."""
     kept, load, said = [], script.load_policy, io.StringIO()
     script.load_policy = lambda *x: kept.append(load(*x)) or kept[-1]
-    script.reward = lambda completion, problem: len(set(completion)) / 10  # as in running.py
+    script.reward = lambda completion, problem: len(set(completion)) / 10  # as in helpers/runs.py
     with contextlib.redirect_stderr(said), torch.enable_grad():
         code = script.main(script.Args(**SMALL | dict(num_steps=2, run_name=name) | args))
     script.load_policy = load

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Known ways to get PPO and GRPO on language models wrong, put into the source one at a time: a test must fail.
 
-    .venv/bin/python tests/mutation/pitfalls.py                    all of them, in twenty minutes
-    .venv/bin/python tests/mutation/pitfalls.py -k temperature     those with this word in their row
+    .venv/bin/python tests/tools/pitfalls.py                    all of them, in twenty minutes
+    .venv/bin/python tests/tools/pitfalls.py -k temperature     those with this word in their row
 
 Each row of the table replaces a text of one function by another and names the test that must fail then. The text must
 stand in the function exactly once; tests/test_mutants.py says so as soon as a line is changed. First all of these tests
@@ -46,13 +46,13 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
     ("end tokens inside a chat are masked when a completion is scored, not when it is sampled",
      "grpo.py", "predict_completions",
      "model(input_ids=ids,", "model(input_ids=ids, attention_mask=(ids != 0).long(),",
-     "tests/test_update.py::test_before_the_first_update_the_ratio_is_1_and_the_kl_is_0[False-0.7-llama-grpo]"),
+     "tests/test_batching.py::test_before_the_first_update_the_ratio_is_1_and_the_kl_is_0[False-0.7-llama-grpo]"),
     ("end tokens inside a chat are masked when a shared prompt is scored", "grpo.py", "predict_shared",
      "batch.prompt_mask.long()", "(batch.prompt_ids != 0).long()",
-     "tests/test_update.py::test_before_the_first_update_the_ratio_is_1_and_the_kl_is_0[True-0.7-llama-grpo]"),
+     "tests/test_batching.py::test_before_the_first_update_the_ratio_is_1_and_the_kl_is_0[True-0.7-llama-grpo]"),
     ("the mask of a prompt is where its ids are not the padding's", "grpo.py", "pad_prompts",
      "torch.ones(len(ids), dtype=torch.bool) for", "torch.tensor(ids) != 0 for",
-     "tests/test_data.py::test_prompts_are_padded_on_the_left"),
+     "tests/test_data_and_models.py::test_prompts_are_padded_on_the_left"),
     ("positions count the padding on the left in sampling", "grpo.py", "Decoder.run_prompts",
      "(self.prompt_mask.cumsum(1) - 1).clamp(min=0)", "torch.ones_like(self.prompt_ids).cumsum(1) - 1",
      "tests/test_sampling.py::test_the_decoder_samples_what_full_forward_passes_sample[gpt2]"),
@@ -61,16 +61,16 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
      "tests/test_sampling.py::test_the_decoder_samples_what_full_forward_passes_sample[gpt2]"),
     ("positions count the padding on the left of a shared prompt", "grpo.py", "predict_shared",
      "(batch.prompt_mask.cumsum(1) - 1).clamp(min=0)", "torch.ones_like(batch.prompt_ids).cumsum(1) - 1",
-     "tests/test_scoring.py::"
+     "tests/test_logprobs.py::"
      "test_however_many_completions_share_a_prompt_numbers_and_gradients_are_those_of_completions_alone[gpt2]"),
     ("positions of completions count the padding on the left of their shared prompt", "grpo.py", "predict_shared",
      "prompt_mask.sum(1, keepdim=True) + t", "prompt_mask.shape[1] + 0 * prompt_mask[:, :1] + t",
-     "tests/test_scoring.py::"
+     "tests/test_logprobs.py::"
      "test_however_many_completions_share_a_prompt_numbers_and_gradients_are_those_of_completions_alone[gpt2]"),
     ("a rendered chat template is tokenised again, with a second BOS", "grpo.py", "encode_prompt",
      "return tokenizer.apply_chat_template(",
      "return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids; tokenizer.apply_chat_template(",
-     "tests/test_data.py::test_a_prompt_has_exactly_one_bos"),
+     "tests/test_data_and_models.py::test_a_prompt_has_exactly_one_bos"),
     ("completions are decoded and encoded again before they are trained", "{}.py", "train",
      "own_problems = [",
      "for i, n in enumerate(own_mask.sum(1)):\n"
@@ -78,20 +78,20 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
      "            own_ids[i, : len(again)] = torch.tensor(again)\n"
      "            own_mask[i, len(again) :] = False\n"
      "        own_problems = [",
-     "tests/test_train.py::test_train_trains_the_very_ids_that_were_sampled[{}]"),
+     "tests/test_training.py::test_train_trains_the_very_ids_that_were_sampled[{}]"),
     # ----- One policy samples and is trained -----
     ("log-probabilities are not divided by the temperature of sampling", "grpo.py", "completion_logprobs",
      "else logits / temperature", "else logits",
-     "tests/test_scoring.py::test_temperature_divides_the_logits_in_scoring"),
+     "tests/test_logprobs.py::test_temperature_divides_the_logits_in_scoring"),
     ("sampling ignores the temperature", "grpo.py", "sample_tokens",
      "/ (temperature or 1.0)", "/ 1.0",
      "tests/test_sampling.py::test_tokens_are_drawn_from_softmax_of_logits_over_temperature"),
     ("the samples of a step have another temperature than its log-probabilities", "{}.py", "train",
      "own_part(uniforms), args.temperature, eos_ids", "own_part(uniforms), 1.0, eos_ids",
-     "tests/test_train.py::test_train_samples_scores_and_updates_at_one_temperature[{}]"),
+     "tests/test_training.py::test_train_samples_scores_and_updates_at_one_temperature[{}]"),
     ("the old log-probabilities have another temperature than the new ones", "{}.py", "train",
      "part, args.temperature)[0]", "part, 1.0)[0]",
-     "tests/test_train.py::test_train_samples_scores_and_updates_at_one_temperature[{}]"),
+     "tests/test_training.py::test_train_samples_scores_and_updates_at_one_temperature[{}]"),
     ("top-k of generation_config.json in sampling, the whole softmax in training", "grpo.py", "generate_completions",
      "        ids[rows, t], logprobs[rows, t] = ",
      "        top_k = policy.generation_config.top_k or logits.shape[1]\n"
@@ -100,32 +100,32 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
      "tests/test_sampling.py::test_the_models_own_generation_config_is_ignored"),
     ("old log-probabilities come from other shapes than the new ones", "grpo.py", "score_batch",
      "take_completions(batch, index, args.share_prompt)", "take_completions(batch, index, False)",
-     "tests/test_scoring.py::test_the_update_starts_from_the_very_numbers_that_were_scored"),
+     "tests/test_logprobs.py::test_the_update_starts_from_the_very_numbers_that_were_scored"),
     ("the sampler's log-probabilities are the old ones", "grpo.py", "train",
      "else part.old_logprobs", "else part.sampler_logprobs",
-     "tests/test_train.py::test_train_has_a_ratio_of_exactly_1_for_as_long_as_the_policy_stays[grpo]"),
+     "tests/test_training.py::test_train_has_a_ratio_of_exactly_1_for_as_long_as_the_policy_stays[grpo]"),
     ("the sampler's log-probabilities are the old ones", "ppo.py", "train",
      "logprobs, part.old_logprobs,", "logprobs, part.sampler_logprobs,",
-     "tests/test_train.py::test_train_has_a_ratio_of_exactly_1_for_as_long_as_the_policy_stays[ppo]"),
+     "tests/test_training.py::test_train_has_a_ratio_of_exactly_1_for_as_long_as_the_policy_stays[ppo]"),
     ("dropout is on", "grpo.py", "load_policy",
      "policy.to(device).eval()", "policy.to(device).train()",
-     "tests/test_train.py::test_load_policy_turns_dropout_off_and_it_stays_off[grpo]"),
+     "tests/test_training.py::test_load_policy_turns_dropout_off_and_it_stays_off[grpo]"),
     ("dropout is switched on where training begins", "{}.py", "train",
      "    autocast = torch.autocast(", "    policy.train()\n    autocast = torch.autocast(",
-     "tests/test_train.py::test_load_policy_turns_dropout_off_and_it_stays_off[{}]"),
+     "tests/test_training.py::test_load_policy_turns_dropout_off_and_it_stays_off[{}]"),
     # ----- Numbers -----
     ("the log-softmax of scoring is in bfloat16", "grpo.py", "completion_logprobs",
      "torch.promote_types(logits.dtype, torch.float32)", "logits.dtype",
-     "tests/test_scoring.py::test_the_temperature_divides_and_the_log_softmax_is_taken_in_float32"),
+     "tests/test_logprobs.py::test_the_temperature_divides_and_the_log_softmax_is_taken_in_float32"),
     ("the log-softmax of sampling is in bfloat16", "grpo.py", "sample_tokens",
      "logits.float() /", "logits /",
      "tests/test_sampling.py::test_sample_tokens_takes_the_log_softmax_in_float32"),
     ("the weights are bfloat16: a small update is rounded away", "grpo.py", "load_policy",
      "policy.to(device)", "policy.to(device, torch.bfloat16)",
-     "tests/test_train.py::test_load_policy_keeps_weights_that_a_step_of_one_millionth_moves[grpo]"),
+     "tests/test_training.py::test_load_policy_keeps_weights_that_a_step_of_one_millionth_moves[grpo]"),
     ("the sampler that is rounded to bfloat16 is the policy itself", "grpo.py", "make_sampler",
      "copy.deepcopy(policy).requires_grad_(False)", "policy",
-     "tests/test_train.py::test_load_policy_keeps_weights_that_a_step_of_one_millionth_moves[grpo]"),
+     "tests/test_training.py::test_load_policy_keeps_weights_that_a_step_of_one_millionth_moves[grpo]"),
     ("k3 is negative by rounding", "kl.py", "kl_estimate",
      "torch.expm1(log_r) - log_r", "torch.exp(log_r) - log_r - 1",
      "tests/test_kl.py::test_k3_is_never_negative_near_zero_in_float32"),
@@ -160,11 +160,11 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
     ("the weights of the tokens are those of their micro-batch", "{}.py", "train",
      "part.advantages, part.completion_mask, part.weights,",
      "part.advantages, part.completion_mask, part.weights / part.weights.sum(),",
-     "tests/test_update.py::test_the_gradient_of_the_update_does_not_depend_on_how_the_batch_is_computed"
+     "tests/test_batching.py::test_the_gradient_of_the_update_does_not_depend_on_how_the_batch_is_computed"
      "[gpt2-sequence-one completion at a time-{}]"),
     ("a minibatch has the weights of the whole batch", "{}.py", "train",
      "args.num_minibatches * loss_weights(", "loss_weights(",
-     "tests/test_update.py::"
+     "tests/test_batching.py::"
      "test_the_gradients_of_the_minibatches_have_the_gradient_of_the_batch_as_their_mean[sequence-gpt2-{}]"),
     ("gradients are averaged over the processes, although their losses are parts of one", "grpo.py", "shard",
      "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)",
@@ -177,23 +177,23 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
      "tests/test_grpo_loss.py::test_weights_are_those_of_the_three_averages"),
     ("completions come to a prompt of another group", "grpo.py", "take_completions",
      "if share_prompt else 1] // group_size", "if share_prompt else 1] % len(batch.prompt_ids)",
-     "tests/test_scoring.py::test_taken_completions_keep_their_prompts_and_lose_nothing_but_padding"),
+     "tests/test_logprobs.py::test_taken_completions_keep_their_prompts_and_lose_nothing_but_padding"),
     ("groups are numbered anew in a part of the batch", "grpo.py", "split_minibatch",
      "[minibatch]                     #", "[: len(minibatch)]  #",
-     "tests/test_scoring.py::test_micro_batches_hold_every_completion_once_and_keep_to_the_budget"),
+     "tests/test_logprobs.py::test_micro_batches_hold_every_completion_once_and_keep_to_the_budget"),
     ("a group of a micro-batch spans several prompts", "grpo.py", "split_minibatch",
      ".view(-1, group_size)[minibatch]", ".view(group_size, -1).T[minibatch]",
-     "tests/test_scoring.py::test_micro_batches_hold_every_completion_once_and_keep_to_the_budget"),
+     "tests/test_logprobs.py::test_micro_batches_hold_every_completion_once_and_keep_to_the_budget"),
     ("completions are sampled for another prompt than that of their group", "grpo.py", "Decoder.__init__",
      "self.rows * len(prompt_ids) // len(self.rows)", "self.rows % len(prompt_ids)",
      "tests/test_sampling.py::test_sharing_prompts_changes_no_token"),
     ("a group of the advantage spans several prompts", "grpo.py", "train",
      "groups = rewards.view(-1, args.group_size)", "groups = rewards.view(args.group_size, -1).T",
-     "tests/test_train.py::test_without_a_kl_every_group_whose_rewards_differ_is_trained"),
+     "tests/test_training.py::test_without_a_kl_every_group_whose_rewards_differ_is_trained"),
     ("completions are rewarded with the problem of another prompt", "{}.py", "train",
      "for _, problem in own_part(chosen) for _ in range(args.group_size)",
      "for _ in range(args.group_size) for _, problem in own_part(chosen)",
-     "tests/test_train.py::test_train_rewards_every_completion_with_the_problem_of_its_prompt[{}]"),
+     "tests/test_training.py::test_train_rewards_every_completion_with_the_problem_of_its_prompt[{}]"),
     ("the std is another one than is said", "advantage.py", "group_advantages",
      "rewards.std(dim=1, keepdim=True)", "rewards.std(dim=1, keepdim=True, correction=0)",
      "tests/test_advantage.py::test_group_advantages_have_the_variance_of_the_sample_std"),
@@ -202,7 +202,7 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
      "tests/test_advantage.py::test_group_advantages_refuse_wrong_shapes_unknown_names_and_groups_of_one"),
     ("groups of one are sampled", "grpo.py", "check_args",
      "LEAST.get(name)", '(LEAST | {"group_size": 1}).get(name)',
-     "tests/test_bad_input.py::"
+     "tests/test_arguments.py::"
      "test_flags_that_cannot_work_are_refused_before_anything_is_loaded[grpo --group-size 1]"),
     ("one completion a step has a std of NaN", "ppo.py", "train",
      "rewards.std(correction=int(len(rewards) > 1))", "rewards.std()",
@@ -225,68 +225,68 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
      "tests/test_advantage.py::test_equal_rewards_give_exactly_zero"),
     ("equal advantages are a division by zero when they are whitened", "advantage.py", "whiten",
      "count + 1e-8", "count",
-     "tests/test_train.py::test_train_goes_on_where_there_is_nothing_to_learn"),
+     "tests/test_training.py::test_train_goes_on_where_there_is_nothing_to_learn"),
     ("a step of which every update was skipped ends the run", "grpo.py", "Metrics.means",
      "/ max(1, len(finite))", "/ len(finite)",
-     "tests/test_faults.py::test_an_update_that_is_not_finite_is_skipped_and_counted[grpo-0-nan]"),
+     "tests/test_checkpoints.py::test_an_update_that_is_not_finite_is_skipped_and_counted[grpo-0-nan]"),
     ("where there is nothing to learn, momentum moves the weights", "grpo.py", "optimizer_step",
      "if 0 < grad_norm < math.inf", "if grad_norm < math.inf",
-     "tests/test_update.py::test_there_is_no_step_where_the_norm_is_0_or_not_finite"),
+     "tests/test_batching.py::test_there_is_no_step_where_the_norm_is_0_or_not_finite"),
     # ----- Curves, clipping and resuming -----
     ("curves are means over the padding, too", "grpo.py", "Metrics.add",
      "mask.sum()]", "torch.tensor(mask.numel())]",
-     "tests/test_train.py::test_train_logs_means_over_all_tokens_of_all_minibatches[grpo]"),
+     "tests/test_training.py::test_train_logs_means_over_all_tokens_of_all_minibatches[grpo]"),
     ("the curve of the KL is a mean over the padding, too", "ppo.py", "train",
      "kl.sum() / mask.sum()", "kl.mean()",
-     "tests/test_train.py::test_train_logs_means_over_all_tokens_of_all_minibatches[ppo]"),
+     "tests/test_training.py::test_train_logs_means_over_all_tokens_of_all_minibatches[ppo]"),
     ("curves are those of the last minibatch", "{}.py", "train",
      "for minibatch in minibatches:\n", "for minibatch in minibatches:\n                metrics = Metrics()\n",
-     "tests/test_train.py::test_train_logs_means_over_all_tokens_of_all_minibatches[{}]"),
+     "tests/test_training.py::test_train_logs_means_over_all_tokens_of_all_minibatches[{}]"),
     ("curves are those of the last micro-batch", "grpo.py", "Metrics.add",
      "self.losses.append(loss.detach())", "self.totals, self.losses = {}, [loss.detach()]",
-     "tests/test_train.py::test_train_logs_means_over_all_tokens_of_all_minibatches[grpo]"),
+     "tests/test_training.py::test_train_logs_means_over_all_tokens_of_all_minibatches[grpo]"),
     ("gradients are not clipped: one bad batch ends the run", "grpo.py", "optimizer_step",
      "clip_grad_norm_(model.parameters(), max_grad_norm)", "clip_grad_norm_(model.parameters(), math.inf)",
-     "tests/test_train.py::test_optimizer_step_clips_by_the_global_norm_and_the_norm_before_is_logged[grpo]"),
+     "tests/test_training.py::test_optimizer_step_clips_by_the_global_norm_and_the_norm_before_is_logged[grpo]"),
     ("gradients are clipped one parameter at a time", "grpo.py", "optimizer_step",
      "nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)",
      "sum(nn.utils.clip_grad_norm_(x, max_grad_norm) for x in model.parameters())",
-     "tests/test_train.py::test_optimizer_step_clips_by_the_global_norm_and_the_norm_before_is_logged[grpo]"),
+     "tests/test_training.py::test_optimizer_step_clips_by_the_global_norm_and_the_norm_before_is_logged[grpo]"),
     ("the norm that is logged is that after clipping", "grpo.py", "optimizer_step",
      "return grad_norm", "return grad_norm.clamp(max=max_grad_norm)",
-     "tests/test_train.py::test_optimizer_step_clips_by_the_global_norm_and_the_norm_before_is_logged[grpo]"),
+     "tests/test_training.py::test_optimizer_step_clips_by_the_global_norm_and_the_norm_before_is_logged[grpo]"),
     ("a resumed run does a step again", "grpo.py", "Run.load",
      'self.step = saved["step"]', 'self.step = saved["step"] - 1',
-     "tests/test_faults.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[grpo-1]"),
+     "tests/test_checkpoints.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[grpo-1]"),
     ("a resumed run begins the problems anew", "{}.py", "train",
      "next_problems(problems, step,", "next_problems(problems, step - run.bar.iterable.start,",
-     "tests/test_faults.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[{}-1]"),
+     "tests/test_checkpoints.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[{}-1]"),
     ("a resumed run begins the random numbers anew", "{}.py", "train",
      "reseed(args.seed, step)", "reseed(args.seed, step - run.bar.iterable.start)",
-     "tests/test_faults.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[{}-1]"),
+     "tests/test_checkpoints.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[{}-1]"),
     ("a resumed run begins the optimizer anew", "grpo.py", "Run.load",
      "state = saved[name]", "state = saved[name][0], {}",
-     "tests/test_faults.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[grpo-1]"),
+     "tests/test_checkpoints.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[grpo-1]"),
     ("a resumed run begins the controllers of beta anew", "ppo.py", "Run.load",
      'self.betas.update(saved["betas"])', "self.betas.update()",
-     "tests/test_faults.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[ppo-3]"),
+     "tests/test_checkpoints.py::test_a_run_can_stop_after_any_step_and_end_with_the_same_bits[ppo-3]"),
     # ----- The reward -----
     ("what the model writes is evaluated", "grpo.py", "final_number",
      'Decimal(word.replace(",", "")) if is_number else None', 'eval(word.replace(",", "") or "None")',
-     "tests/test_data.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
+     "tests/test_data_and_models.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
     ("a number anywhere is an answer", "grpo.py", "final_number",
      'if "#" in text else []', "if text else []",
-     "tests/test_data.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
+     "tests/test_data_and_models.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
     ("the first marker counts, not the last", "grpo.py", "final_number",
      "rpartition", "partition",
-     "tests/test_data.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
+     "tests/test_data_and_models.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
     ("the first of several guesses counts", "grpo.py", "final_number",
      "if len(words) == 1", "if words",
-     "tests/test_data.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
+     "tests/test_data_and_models.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
     ("an answer that stands anywhere in the completion is right", "grpo.py", "reward",
      'number == final_number("#" + problem["answer"])',
      'str(final_number("#" + problem["answer"])) in completion.replace(",", "")',
-     "tests/test_data.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
+     "tests/test_data_and_models.py::test_the_reward_is_for_the_one_number_after_the_last_marker"),
 ]  # fmt: skip
 PITFALLS = [
     Pitfall(what, file.format(script), function, old, new, test.format(script))
@@ -323,8 +323,10 @@ def run(*tests: str) -> tuple[int, str]:
     """pytest's exit code, and why a test failed, if one did."""
     # The slow tests, too, and few examples that are not made smaller; without .pyc files, which a change of
     # the same length in the same second would not replace.
-    settings = dict(HYPOTHESIS_PROFILE="ci", OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", COLUMNS="300")
-    command = [sys.executable, "-m", "pytest", "--hypothesis-profile=mutation", "-p", "no:cacheprovider"]
+    settings = dict(
+        HYPOTHESIS_PROFILE="mutation", OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", COLUMNS="300"
+    )  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-m", "slow or not slow", "-p", "no:cacheprovider"]
     command += ["-x", "-q", "--tb=no", *tests]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=1800)
     failed = re.findall(r"^FAILED .*? - (.*)", done.stdout, re.MULTILINE)
@@ -346,7 +348,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pitfalls-of-") as folder:
         for path in (*ROOT.glob("*.py"), ROOT / ".pytest.ini"):
             shutil.copy(path, folder)
-        shutil.copytree(ROOT / "tests", f"{folder}/tests", ignore=shutil.ignore_patterns("mutation", "__pycache__"))
+        shutil.copytree(ROOT / "tests", f"{folder}/tests", ignore=shutil.ignore_patterns("__pycache__"))
         os.chdir(folder)
         code, why = run(*sorted({pitfall.test for pitfall in pitfalls}))
         if code:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The scripts train on CUDA, or without a GPU on a device that refuses what CUDA refuses: see second_device.py. torch
-takes one such device for a process, so a process of its own does the work, and the tests look at what it left."""
+"""The scripts train on CUDA, or without a GPU on a device that refuses what CUDA refuses, see helpers/fake_cuda.py.
+torch takes one such device for a process, so a process of its own does the work: the tests look at what it left."""
 
 import json
 import sys
@@ -14,16 +14,16 @@ from torch import nn
 
 import grpo
 import ppo
-from running import ROOT, SMALL, curves, finish, leaves, make_folder, saved, slow, start, weights
+from helpers.runs import ROOT, SMALL, curves, finish, leaves, make_folder, saved, start, weights
 
-pytestmark = slow
+pytestmark = pytest.mark.slow
 
 TRAIN = SMALL | dict(
     group_size=4, max_new_tokens=9, num_steps=3, eval_every=1, save_every=1, update_epochs=1, num_minibatches=2,
     temperature=0.9,
 )  # fmt: skip
 OWN = {grpo: dict(ref_refresh_every=2), ppo: dict(value_warmup_steps=1, adaptive_kl_target=0.01)}
-WORK = "import test_second_device\ntest_second_device.work()"
+WORK = "import test_device\ntest_device.work()"
 BFLOAT16 = dict(dtype="bfloat16", gradient_checkpointing=True, eval_every=0)
 SAMPLING = "generate_completions", "sample_tokens", "next_logits", "run_prompts"  # where a token could wait
 both = pytest.mark.parametrize("script", [grpo, ppo])
@@ -39,7 +39,7 @@ def train(script, run_name: str, **choices) -> None:
 
 def observe(script) -> dict:
     """Train on the device in two parts, the second from the checkpoint of the first, and count."""
-    from second_device import waits
+    from helpers.fake_cuda import waits
 
     script.reward, sharing, tokens = variety, [], []
     record(script, "can_share_prompt", sharing)
@@ -63,15 +63,15 @@ def record(script, name: str, results: list) -> None:
 
 def work() -> None:
     """All that is done on the device. The last line of its output is what was seen."""
-    import second_device
+    from helpers import fake_cuda
 
-    second_device.use()
+    fake_cuda.use()
     device = torch.accelerator.current_accelerator(check_available=True)
     told = {"refused": [name for name, case in [*REFUSED.items(), *ALLOWED.items()] if refuses(case, device)]}
     for script in (grpo, ppo):
         told[script.__name__] = observe(script)
         train(script, "bfloat16", device="auto", num_steps=2, **BFLOAT16)
-    print("\n" + json.dumps(told | {"device": device.type, "name": second_device.NAME}))
+    print("\n" + json.dumps(told | {"device": device.type, "name": fake_cuda.NAME}))
 
 
 ON = lambda device, *size: torch.ones(size, device=device)
@@ -120,7 +120,7 @@ def refuses(case, device: torch.device) -> bool:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> Iterator[dict]:
     """What the process told; the tests are in its folder."""
-    folder = tmp_path_factory.mktemp("second_device")
+    folder = tmp_path_factory.mktemp("device")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_folder(folder)

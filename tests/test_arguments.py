@@ -25,13 +25,13 @@ import torch
 import tyro
 from hypothesis import given
 from hypothesis import strategies as st
+from test_data_and_models import CHATML, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import grpo
 import ppo
-from families import make_model
-from running import slow
-from test_data import CHATML, make_tokenizer
+from helpers.runs import TWINS
+from helpers.tiny_models import make_model
 
 ROOT = Path(__file__).parents[1]
 PICKY = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user\nfirst') }}{% endif %}" + CHATML
@@ -221,9 +221,14 @@ def loaded(monkeypatch) -> list:
 
 def for_both(*cases: tuple) -> pytest.MarkDecorator:
     """A test for every case of a table, of which (script, ...) is for one script, and else for both."""
-    rows = [row for case in cases for row in ([case] if case[0] in (grpo, ppo) else [(grpo, *case), (ppo, *case)])]
-    names = [f"{row[0].__name__} {row[1][:60]}" for row in rows]
-    return pytest.mark.parametrize(("script", "flags", "says"), rows, ids=names)
+    rows = []
+    for case in cases:
+        if case[0] in (grpo, ppo):
+            rows.append(pytest.param(*case, id=f"{case[0].__name__} {case[1][:60]}"))
+        else:
+            rows.append(pytest.param(grpo, *case, id=f"grpo {case[0][:60]}"))
+            rows.append(pytest.param(ppo, *case, id=f"ppo {case[0][:60]}", marks=pytest.mark.slow))
+    return pytest.mark.parametrize(("script", "flags", "says"), rows)
 
 
 # ----- Flags -----
@@ -300,7 +305,7 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_loaded(script, fl
     assert not loaded
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 def test_what_depends_on_other_flags_is_filled_in(script):
     def filled(**args) -> dict:
         before = script.Args(**args)
@@ -330,7 +335,7 @@ def test_a_device_that_is_not_there_is_refused(script, flags, says, capsys, load
     assert not loaded
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
@@ -348,7 +353,7 @@ def test_launch_variables_that_are_set_by_half_are_refused(script, variables, sa
     assert not loaded
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 def test_one_process_that_is_called_the_first_of_one_works_alone(script, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -453,7 +458,7 @@ def test_bad_weights_and_run_folders_are_refused(script, flags, says, capsys, lo
     assert "weights" in loaded
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 def test_what_just_fits_the_model_is_taken(script, monkeypatch):
     Path("x.jsonl").write_bytes(LINE * 3 + b'{"prompt": "' + b"x" * 123 + b'", "answer": "2"}')
     config = AutoConfig.from_pretrained("models/good")
@@ -470,7 +475,7 @@ def test_what_just_fits_the_model_is_taken(script, monkeypatch):
         script.load_problems(args, CPU)
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 def test_quantised_weights_are_refused(script, monkeypatch, capsys):
     load = AutoModelForCausalLM.from_pretrained
 
@@ -484,7 +489,7 @@ def test_quantised_weights_are_refused(script, monkeypatch, capsys):
     assert "models/good cannot be loaded: its weights are quantised; to train, they must be floating-point" in said
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 def test_every_token_that_ends_a_completion_is_found(script):
     shutil.copytree("models/good", "own")  # its tokenizer ends with 2
     for ends, expected in (([5, 3], [1, 2, 3, 5]), (4, [1, 2, 4]), (None, [1, 2])):
@@ -497,14 +502,14 @@ def test_every_token_that_ends_a_completion_is_found(script):
         assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 def test_a_file_may_have_a_name_that_is_no_utf_8(script, capsys):
     Path("\udcff.jsonl").write_bytes(DATA["good"])
     exit_code, lines = outcome(script, f"{SMALL} --model models/good --data \udcff.jsonl", capsys)
     assert exit_code == 0, lines
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags", "says"),
     [
@@ -523,7 +528,7 @@ def test_a_real_process_ends_with_the_sentence_and_exit_code_2(name, flags, says
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 def test_a_fault_of_the_script_is_not_hidden(script, monkeypatch):
     monkeypatch.setattr(script, "train", lambda args, stop: torch.empty(2) @ torch.empty(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
@@ -552,7 +557,7 @@ def again(first_runs) -> str:
     return f"{SMALL} --model models/good --data good.jsonl --dtype bfloat16"
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 class TestRuns:
     def test_a_folder_of_another_run_is_refused(self, script, again, capsys):
         def state() -> dict:
@@ -650,7 +655,7 @@ class TestRuns:
 # ----- Trust: nothing that data or models hold is run -----
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 @pytest.mark.parametrize("save", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb, 2))])
 def test_a_pickle_in_a_checkpoint_is_not_run(script, save, again, capsys):
     file = Path("runs", script.__name__, "checkpoint.pt")
@@ -662,7 +667,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(script, save, again, capsys):
     assert Path("boom").exists()
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 def test_a_pickle_of_weights_is_not_run(script, capsys):
     refusal(script, f"{SMALL} --data good.jsonl --model models/pickled_weights --run-name new", capsys)
     assert not Path("boom").exists()
@@ -670,7 +675,7 @@ def test_a_pickle_of_weights_is_not_run(script, capsys):
     assert Path("boom").exists()
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 def test_code_beside_a_model_is_not_run_nor_is_the_user_asked_to(script, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: "y")
     said = refusal(script, f"{SMALL} --data good.jsonl --model models/code_of_unknown --run-name new", capsys)
@@ -773,7 +778,7 @@ def any_arguments(script) -> st.SearchStrategy[dict]:
     return few.flatmap(lambda names: st.fixed_dictionaries({name: chosen[name] for name in names}))
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 @given(data=st.data())
 def test_flags_are_completed_or_one_sentence(script, data):
     args = script.Args(**data.draw(any_arguments(script)))
@@ -794,7 +799,7 @@ flags = st.sampled_from(["--seed", "--beta", "--data", "--device", "--share-prom
 words = flags | st.sampled_from(["-1", "1e9", "nan", "None", "="]) | st.text(st.characters(codec="utf-8"), max_size=5)
 
 
-@pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+@TWINS
 @given(command=st.lists(words, max_size=4).filter(lambda command: not {"-h", "--help"} & {*command}))
 def test_any_command_line_is_read_or_refused_with_exit_code_2(script, command):
     exit_code, said = 0, io.StringIO()

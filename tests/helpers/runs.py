@@ -14,11 +14,14 @@ from tensorboard.summary.writer import event_file_writer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from families import make_model
+import grpo
+import ppo
+from helpers.tiny_models import make_model
 
-ROOT = Path(__file__).parents[1]
-CI = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
-slow = pytest.mark.skipif(not CI, reason="in the CI profile")
+ROOT = Path(__file__).parents[2]
+SCRIPTS = pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
+# For what is the same text in both scripts, see test_twins.py: the quick tests try it in grpo.py alone.
+TWINS = pytest.mark.parametrize("script", [grpo, pytest.param(ppo, marks=pytest.mark.slow)], ids=["grpo", "ppo"])
 SMALL = dict(
     model="model", data="data.jsonl", num_prompts=4, group_size=2, max_new_tokens=6, num_steps=4, eval_every=0,
     save_every=0, learning_rate=1e-3, device="cpu", dtype="float32",

