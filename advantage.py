@@ -5,6 +5,7 @@
     process_advantages   GRPO, DeepSeekMath 4.1.3                      the same with a reward for every step
     gae                  PPO, Schulman et al. (arXiv 1506.02438)       rewards against a learned value function
     whiten               Ziegler et al. (arXiv 1909.08593)             mean 0, variance 1 over the tokens that count
+    explained_variance   a metric                                      how well the value function predicts the returns
 
 Shapes: B prompts, G completions of each, T completion tokens. Advantages carry no gradient.
 """
@@ -165,6 +166,23 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     centred = (x - mean).where(mask, 0.0)
     whitened = centred * torch.rsqrt(centred.square().sum() / count + 1e-8)
     return whitened if shift_mean else (whitened + mean).where(mask, 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the tokens: 1 is a perfect prediction, 0 is no better than a constant.
+
+    Args:
+        values, returns: any shape.
+        mask: the shape of both, bool.
+
+    Returns:
+        A scalar, 0 if all returns are equal and there is nothing to explain.
+
+    >>> explained_variance(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 4.0]), torch.tensor([True, True]))
+    tensor(0.7500)
+    """
+    errors, variance = (returns - values)[mask], returns[mask].var(correction=0)
+    return (1 - errors.var(correction=0) / variance).where(variance > 1e-8, 0.0)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -54,9 +54,9 @@ import random
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
-import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -71,6 +71,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported:
 import torch
 import torch.distributed as dist
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -780,14 +781,10 @@ LEAST = {  # other numbers are positive; a group of one has nothing to be compar
     "group_size": 2, "temperature": 1e-3, "beta": 0, "ref_refresh_every": 0, "seed": 0, "save_every": 0, "eval_every": 0
 }
 MOST = {"num_prompts": 2**20, "group_size": 2**16, "clip_eps": 1}
-NO_EFFECT = {  # what to say of flags that do nothing together
-    "--ref-refresh-every and --kl-importance-weight need a --beta above 0": lambda args: args.beta == 0 and (
-        args.ref_refresh_every or args.kl_importance_weight),
-    "--kl-estimator and --kl-placement need a --beta above 0": lambda args: args.beta == 0 and (
-        args.kl_estimator != Args.kl_estimator or args.kl_placement != Args.kl_placement),
-    "--kl-importance-weight needs --kl-placement loss": lambda args: (
-        args.kl_importance_weight and args.kl_placement == "reward"),
-}
+NO_EFFECT = [  # what switches other flags off, whether it does, and those flags
+    ("--beta 0", lambda args: args.beta == 0, "kl_estimator kl_placement kl_importance_weight ref_refresh_every"),
+    ("--kl-placement reward", lambda args: args.kl_placement == "reward", "kl_importance_weight"),
+]
 
 
 def check_args(args: Args) -> Args:
@@ -805,9 +802,10 @@ def check_args(args: Args) -> Args:
             raise UserError(f"{flag} must be {'positive' if least is None else f'at least {least}'}, got {value}")
         if value > most:
             raise UserError(f"{flag} must be at most {most}, got {value}")
-    for sentence, applies in NO_EFFECT.items():
-        if applies(args):
-            raise UserError(sentence)
+    for switch, is_set, names in NO_EFFECT:
+        for name in names.split():
+            if is_set(args) and getattr(args, name) != getattr(Args, name):
+                raise UserError(f"--{name.replace('_', '-')} has no effect with {switch}")
     name = args.run_name
     if name is not None and (name in ("", "..") or Path(name).name != name or not name.isprintable()):
         raise UserError(f"--run-name must be the name of a folder in runs/, got {name!r}")
@@ -963,19 +961,16 @@ def start(args: Args) -> torch.device:
     device = accelerator if args.device == "auto" else torch.device(args.device)
     if device.type not in ("cpu", accelerator.type):
         raise UserError(f"--device {args.device}: not available on this machine")
-    started_by_torchrun = "MASTER_ADDR" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
-    if started_by_torchrun:
+    if "MASTER_ADDR" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started it
         with as_user_error("cannot join the other processes, which torchrun starts"):
             if device.type == "cuda":
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(device)
             if not dist.is_initialized():
-                number, host, port = (os.environ.get(x) for x in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
                 if os.environ.get("RANK") == "0":
-                    say(f"waiting for {number} processes at {host}:{port}")
-                store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-                backend = "nccl" if device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
+                    say(f"waiting for {os.environ.get('WORLD_SIZE')} processes, which find this one at "
+                        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     parts = world()[1] * args.num_minibatches
     if args.num_prompts % parts:
         raise UserError(f"--num-prompts {args.num_prompts} must be a multiple of {parts}, "
@@ -1037,16 +1032,12 @@ def full_tensor(x: Tensor) -> Tensor:
 # ----- The run: evaluation, checkpoints, curves, what is printed, signals -----
 
 
-def printable(text: str) -> str:
-    """With control characters escaped, which a terminal would obey."""
-    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
-
-
 def say(text: str) -> None:
-    """Print a line above the progress bar, in the first process only. An output that fails does not end the run."""
+    """Print a line above the progress bar, in the first process only. Control characters, which a terminal would obey,
+    are escaped. An output that fails does not end the run."""
     if world()[0] == 0:
         with contextlib.suppress(OSError):
-            tqdm.write(printable(text), file=sys.stderr)
+            tqdm.write("".join(x if x.isprintable() else ascii(x)[1:-1] for x in text), file=sys.stderr)
 
 
 def reseed(seed: int, step: int) -> torch.Generator:
@@ -1133,7 +1124,11 @@ class Run:
             return
         with as_user_error(f"cannot write the run to {self.folder} (to resume a run: --resume auto)"):
             self.folder.mkdir(parents=True, exist_ok=self.args.resume == "auto")
-            weakref.finalize(self, os.close, lock(self.folder / "lock"))
+            self.lock = FileLock(self.folder / "lock", thread_local=False, is_singleton=True)  # while a run here lives
+            try:
+                self.lock.acquire(blocking=False)
+            except Timeout:
+                raise UserError("another process is training in it") from None
             self.writer = SummaryWriter(str(self.folder.absolute()), purge_step=self.step)
             self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(self.args).items()))
             if (path := self.folder / "completions.jsonl").exists():
@@ -1313,20 +1308,6 @@ class Run:
         return self.folder / "policy"
 
 
-def lock(path: Path) -> int:
-    """Keep other processes out for as long as the file that is returned is open: until the process ends, at most."""
-    file = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError("another process is training in it") from None
-    except (ImportError, OSError):  # Windows and some network disks have no such locks
-        pass
-    return file
-
-
 def fingerprint(content: nn.Module | list) -> str:
     """A hash of the problems' lines, or of the names, shapes and bits of a model's weights: contents, never paths."""
     if isinstance(content, nn.Module):
@@ -1358,8 +1339,7 @@ def main(args: Args) -> int:
             signal.signal(number, ask)
         train(args, stop)
     except UserError as error:
-        if world()[0] == 0:
-            print(f"{Path(__file__).name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        say(f"{Path(__file__).name}: {textwrap.shorten(str(error), 1000)}")
         code = 2
     if dist.is_initialized():
         if not code or dist.get_backend() != "nccl":  # otherwise it would wait for processes that wait for this one

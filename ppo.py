@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""PPO on a language model: Proximal Policy Optimization as it is used for RLHF, complete in this file, advantage.py and
-kl.py.
+"""PPO on a language model: Proximal Policy Optimization for RLHF, complete in this file, advantage.py and kl.py.
 
 Papers: PPO (arXiv 1707.06347), GAE (1506.02438), InstructGPT (2203.02155) and Ziegler et al. (1909.08593) for language
 models, DeepSeekMath (2402.03300) Eqs. 1 and 2 for the notation that grpo.py shares.
@@ -60,9 +59,9 @@ import random
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
-import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -77,6 +76,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported:
 import torch
 import torch.distributed as dist
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -87,7 +87,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import logging as transformers_logging
 
-from advantage import gae, whiten
+from advantage import explained_variance, gae, whiten
 from kl import adaptive_beta, kl_estimate, penalty_beta
 
 TINY = (Path(__file__).parent / "tests" / "tiny").resolve()  # a model that adds two-digit numbers, badly
@@ -357,13 +357,6 @@ def completion_values(value_model: ValueModel, batch: Batch) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32)).where(batch.completion_mask, 0.0)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the tokens: 1 is a perfect prediction, 0 is no better than a constant, and
-    0 if all returns are equal and there is nothing to explain."""
-    errors, variance = (returns - values)[mask], returns[mask].var(correction=0)            # scalar
-    return (1 - errors.var(correction=0) / variance).where(variance > 1e-8, 0.0)
-
-
 # ----- 2. Token rewards: the KL penalty on every token, the completion's reward on the last -----
 
 
@@ -414,7 +407,6 @@ def policy_loss(
         logprobs, old_logprobs: (..., T), in nats; only the first carries a gradient.
         advantages, completion_mask, weights: (..., T); weights as from `loss_weights`.
         beta_old: if given, PPO Eq. 8 instead: -sum_t weight * (r_t A_t - beta_old KL[pi_old, pi_theta]).
-
     Returns: the loss, a scalar, and the metrics ratio, clip_frac and approx_kl, each (..., T) without gradient.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == completion_mask.shape == weights.shape
@@ -447,7 +439,6 @@ def value_loss(
     Args:
         values, old_values, returns, completion_mask, weights: (..., T); only the first carries a gradient.
         value_clip_eps: in units of reward.
-
     Returns: the loss, a scalar, and where the clipping decides, (..., T), as 0 and 1.
     """
     assert values.shape == old_values.shape == returns.shape == completion_mask.shape == weights.shape
@@ -489,9 +480,10 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     value_optimizer = adamw(value_model.parameters(), args.value_learning_rate)
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None),              # what a checkpoint holds
               "value_model": (value_model, value_optimizer)}
-    # The weights of the KL from pi_ref and of that from pi_old (PPO Eq. 8; its start value does not matter).
-    betas = {"ref": args.beta, "old": 1.0}
+    betas = {"ref": args.beta, "old": 1.0}              # of the KL from pi_ref, and from pi_old (Eq. 8, any start)
     run = Run(args, tokenizer, eos_ids, problems, held_out, sampler, models, betas, stop)
+    if args.value_warmup_steps >= args.num_steps:
+        say("the policy will not learn: --value-warmup-steps, for the value model alone, is not below --num-steps")
     # One update per minibatch of prompts. Minibatches are never reshuffled.
     minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)                # each (B',)
     score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # (N', T)
@@ -550,8 +542,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
                     with autocast:
                         values = completion_values(value_model, part)                       # (N', T)
                     loss, is_clipped = value_loss(
-                        values, part.old_values, part.returns, part.completion_mask, part.weights,
-                        value_clip_eps=args.value_clip_eps,
+                        values, part.old_values, part.returns, part.completion_mask, part.weights, args.value_clip_eps
                     )
                     loss.backward()
                     value_metrics.add(part.completion_mask, loss, clip_frac=is_clipped)
@@ -897,15 +888,11 @@ LEAST = {  # other numbers are positive
     "save_every": 0, "eval_every": 0
 }
 MOST = {"num_prompts": 2**20, "group_size": 2**16, "clip_eps": 1, "gamma": 1, "gae_lambda": 1}
-NO_EFFECT = {  # what to say of flags that do nothing together
-    "--adaptive-kl-target needs a --beta above 0 to start from": lambda args: (
-        args.beta == 0 and args.adaptive_kl_target),
-    "--kl-estimator and --kl-placement need a --beta above 0": lambda args: args.beta == 0 and (
-        args.kl_estimator != Args.kl_estimator or args.kl_placement != Args.kl_placement),
-    "--early-stop-kl needs --update-epochs above 1": lambda args: args.early_stop_kl and args.update_epochs == 1,
-    "--penalty-kl-target replaces the clipping: leave --clip-eps and --clip-eps-high out": lambda args: (
-        args.penalty_kl_target and (args.clip_eps != Args.clip_eps or args.clip_eps_high is not None)),
-}
+NO_EFFECT = [  # what switches other flags off, whether it does, and those flags
+    ("--beta 0", lambda args: args.beta == 0, "kl_estimator kl_placement adaptive_kl_target"),
+    ("--update-epochs 1", lambda args: args.update_epochs == 1, "early_stop_kl"),
+    ("--penalty-kl-target", lambda args: args.penalty_kl_target, "clip_eps clip_eps_high"),
+]
 
 
 def check_args(args: Args) -> Args:
@@ -923,9 +910,10 @@ def check_args(args: Args) -> Args:
             raise UserError(f"{flag} must be {'positive' if least is None else f'at least {least}'}, got {value}")
         if value > most:
             raise UserError(f"{flag} must be at most {most}, got {value}")
-    for sentence, applies in NO_EFFECT.items():
-        if applies(args):
-            raise UserError(sentence)
+    for switch, is_set, names in NO_EFFECT:
+        for name in names.split():
+            if is_set(args) and getattr(args, name) != getattr(Args, name):
+                raise UserError(f"--{name.replace('_', '-')} has no effect with {switch}")
     name = args.run_name
     if name is not None and (name in ("", "..") or Path(name).name != name or not name.isprintable()):
         raise UserError(f"--run-name must be the name of a folder in runs/, got {name!r}")
@@ -1081,19 +1069,16 @@ def start(args: Args) -> torch.device:
     device = accelerator if args.device == "auto" else torch.device(args.device)
     if device.type not in ("cpu", accelerator.type):
         raise UserError(f"--device {args.device}: not available on this machine")
-    started_by_torchrun = "MASTER_ADDR" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
-    if started_by_torchrun:
+    if "MASTER_ADDR" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started it
         with as_user_error("cannot join the other processes, which torchrun starts"):
             if device.type == "cuda":
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(device)
             if not dist.is_initialized():
-                number, host, port = (os.environ.get(x) for x in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
                 if os.environ.get("RANK") == "0":
-                    say(f"waiting for {number} processes at {host}:{port}")
-                store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-                backend = "nccl" if device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
+                    say(f"waiting for {os.environ.get('WORLD_SIZE')} processes, which find this one at "
+                        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     parts = world()[1] * args.num_minibatches
     if args.num_prompts % parts:
         raise UserError(f"--num-prompts {args.num_prompts} must be a multiple of {parts}, "
@@ -1155,16 +1140,12 @@ def full_tensor(x: Tensor) -> Tensor:
 # ----- The run: evaluation, checkpoints, curves, what is printed, signals -----
 
 
-def printable(text: str) -> str:
-    """With control characters escaped, which a terminal would obey."""
-    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
-
-
 def say(text: str) -> None:
-    """Print a line above the progress bar, in the first process only. An output that fails does not end the run."""
+    """Print a line above the progress bar, in the first process only. Control characters, which a terminal would obey,
+    are escaped. An output that fails does not end the run."""
     if world()[0] == 0:
         with contextlib.suppress(OSError):
-            tqdm.write(printable(text), file=sys.stderr)
+            tqdm.write("".join(x if x.isprintable() else ascii(x)[1:-1] for x in text), file=sys.stderr)
 
 
 def reseed(seed: int, step: int) -> torch.Generator:
@@ -1251,7 +1232,11 @@ class Run:
             return
         with as_user_error(f"cannot write the run to {self.folder} (to resume a run: --resume auto)"):
             self.folder.mkdir(parents=True, exist_ok=self.args.resume == "auto")
-            weakref.finalize(self, os.close, lock(self.folder / "lock"))
+            self.lock = FileLock(self.folder / "lock", thread_local=False, is_singleton=True)  # while a run here lives
+            try:
+                self.lock.acquire(blocking=False)
+            except Timeout:
+                raise UserError("another process is training in it") from None
             self.writer = SummaryWriter(str(self.folder.absolute()), purge_step=self.step)
             self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(self.args).items()))
             if (path := self.folder / "completions.jsonl").exists():
@@ -1431,20 +1416,6 @@ class Run:
         return self.folder / "policy"
 
 
-def lock(path: Path) -> int:
-    """Keep other processes out for as long as the file that is returned is open: until the process ends, at most."""
-    file = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError("another process is training in it") from None
-    except (ImportError, OSError):  # Windows and some network disks have no such locks
-        pass
-    return file
-
-
 def fingerprint(content: nn.Module | list) -> str:
     """A hash of the problems' lines, or of the names, shapes and bits of a model's weights: contents, never paths."""
     if isinstance(content, nn.Module):
@@ -1476,8 +1447,7 @@ def main(args: Args) -> int:
             signal.signal(number, ask)
         train(args, stop)
     except UserError as error:
-        if world()[0] == 0:
-            print(f"{Path(__file__).name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        say(f"{Path(__file__).name}: {textwrap.shorten(str(error), 1000)}")
         code = 2
     if dist.is_initialized():
         if not code or dist.get_backend() != "nccl":  # otherwise it would wait for processes that wait for this one

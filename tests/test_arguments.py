@@ -295,7 +295,7 @@ def test_unknown_flags_and_values_are_named(script, flags, says, capsys):
     (ppo, "--value-learning-rate inf", "--value-learning-rate must be at most"),
     (ppo, "--value-warmup-steps -1", "--value-warmup-steps must be at least 0"),
     (ppo, "--adaptive-kl-target 0", "--adaptive-kl-target must be positive"),
-    (ppo, "--adaptive-kl-target 6 --beta 0", "--adaptive-kl-target needs a --beta"),
+    (ppo, "--adaptive-kl-target 6 --beta 0", "--adaptive-kl-target has no effect with --beta 0"),
     (ppo, "--penalty-kl-target nan", "--penalty-kl-target must be positive"),
     (ppo, "--early-stop-kl -1", "--early-stop-kl must be positive"),
     (ppo, "--entropy-coef -1", "--entropy-coef must be at least 0"),
