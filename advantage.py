@@ -74,7 +74,7 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor) -> Tensor:
     One step per output, at its last token, is outcome supervision: `group_advantages` on every token.
 
     In grpo.py, with the KL in the loss, these lines would replace the two of step 2; `advantages` then has its shape,
-    so the line with `expand_as` goes. Every finished column of a sum, which ends in ";", earns 0.1:
+    so `.view(-1, 1).expand_as(weights)` goes. Every finished column of a sum, which ends in ";", earns 0.1:
 
         mask = batch.completion_mask                                                        # (N, T)
         last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))

@@ -22,7 +22,7 @@ Advantage and KL still pull against each other, but inside one sum of rewards.
     K            update_epochs       scalar       passes over the completions of one step
     q            prompt_ids          (B, P)       B prompts of at most P tokens, left-padded
     a_t, o_t     completion_ids      (N, T)       N = B G completions of at most T tokens, right-padded
-    |o|          completion_mask     (N, T)       true up to and including the EOS token, which is trained too
+    |o|          completion_mask     (N, T)       true through the EOS token, which is trained too; sums to |o|
     r_phi        rewards             (N,)         the reward of a completion
     r_t          token_rewards       (N, T)       -beta log(pi_old / pi_ref), and r_phi on the last token
     V(s_t)       values              (N, T)       what the value model expects from s_t on, in units of reward
@@ -32,7 +32,7 @@ Advantage and KL still pull against each other, but inside one sum of rewards.
     pi_old       old_logprobs        (N, T)       the same under the parameters that sampled
     pi_ref       ref_logprobs        (N, T)       the same under the reference policy, which is frozen
     r_t(theta)   ratio               (N, T)       pi_theta / pi_old (the PPO paper calls ratio and reward r_t)
-    1/(BG|o|)    weights             (N, T)       the weight of a token in the losses
+    1/(BG|o|)    weights             (N, T)       the weight of a token in the losses, by default
 
 Differs from the papers, each marked "Differs" where it happens: InstructGPT's Eq. 2 has one KL per completion, which
 its tokens pay here, and a pretraining term, which is left out; the value model shares no parameter with the policy, so
@@ -76,7 +76,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported:
 import torch
 import torch.distributed as dist
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -226,7 +226,7 @@ def compute_rewards(completions: list[str], problems: list[dict]) -> list[float]
 
 class Batch(NamedTuple):
     """B prompts and their N = B G completions: G to the first prompt, then G to the second, and so on. Below, B' and N'
-    are those of a minibatch or of a micro-batch."""
+    are those of a part: a process's, a minibatch, or a micro-batch, which is cut to its own longest T."""
 
     prompt_ids: Tensor          # (B, P), left-padded
     prompt_mask: Tensor         # (B, P), bool, true on the tokens
@@ -263,7 +263,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
         # 1, and in float32 a random number just below 1 can be 1.
         cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (R, V)
         threshold = uniforms[:, None].clamp(max=1 - torch.finfo(uniforms.dtype).eps) * cdf[:, -1:]  # (R, 1)
-        tokens = torch.searchsorted(cdf, threshold, right=True)[:, 0]                           # (R,)
+        tokens = torch.searchsorted(cdf, threshold, right=True)[:, 0]                       # (R,)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -283,7 +283,7 @@ def generate_completions(
     ids = prompt_ids.new_zeros(uniforms.shape)                                              # (N, T)
     logprobs = torch.zeros_like(uniforms, dtype=torch.float32)                              # (N, T)
     running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
-    decoder = Decoder(policy, prompt_ids, prompt_mask, ids.shape)                          # repeats each prompt G times
+    decoder = Decoder(policy, prompt_ids, prompt_mask, ids.shape)                           # repeats a prompt G times
     for t in range(ids.shape[1]):
         # The logits after q and o_{<t}. Rows that have ended may be among them: the mask removes their tokens.
         rows, logits = decoder.next_logits(ids[:, :t], running)                             # (R,); (R, V)
@@ -301,7 +301,7 @@ def generate_completions(
 
 
 def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's output in every state s_t = (q, o_{<t}), (N, T, V): logits that predict o_t, or one value (V = 1)."""
+    """The model's output in every state s_t = (q, o_{<t}), (N, T, V): logits that predict o_t, or V = 1 value."""
     if len(batch.prompt_ids) < len(batch.completion_ids):
         return predict_shared(model, batch)  # the same, but each prompt runs once for its completions: see SPEED
     # Here every completion has a copy of its prompt: B = N. Both in one row, padding last, so that the model needs
@@ -319,7 +319,8 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
 def completion_logprobs(
     policy: nn.Module, batch: Batch, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding."""
+    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding. A bonus for
+    the entropy (PPO Eq. 9) needs its gradient, which costs memory; a metric does not."""
     logits = predict_completions(policy, batch)                                             # (N, T, V)
     assert logits.shape[:2] == batch.completion_ids.shape, "the model ignores logits_to_keep"
     # A log-probability near -6 would be off by up to 0.016 in bfloat16, so log_softmax runs in float32.
@@ -338,13 +339,13 @@ class ValueModel(nn.Module):
 
     def __init__(self, policy: nn.Module):
         super().__init__()
-        self.config = policy.config
+        self.config = policy.config  # for `split_minibatch`
         self.backbone = copy.deepcopy(policy.base_model)
         self.head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, logits_to_keep: int | Tensor = 0, **inputs: object) -> CausalLMOutputWithPast:
+    def forward(self, logits_to_keep: Tensor, **inputs: object) -> CausalLMOutputWithPast:
         """As a language model whose vocabulary is one value: its logits are (N, T, 1)."""
         output = self.backbone(**inputs)
         states = slice_logits_to_keep(output.last_hidden_state, logits_to_keep)
@@ -472,7 +473,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     policy = load_policy(args.model, device)            # dropout is off: with it, the first ratio would not be 1
     ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta else None         # no KL, no reference
     value_model = ValueModel(policy)                                                        # Differs: no shared weights
-    args, sampler = prepare(args, policy, [ref_policy, value_model], problems)
+    args, sampler = prepare(args, policy, [ref_policy, value_model], problems)  # tries and shards them: before AdamW
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     # Differs: constant learning rates, and `optimizer_step` clips the gradient.
     adamw = partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
@@ -480,7 +481,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     value_optimizer = adamw(value_model.parameters(), args.value_learning_rate)
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None),              # what a checkpoint holds
               "value_model": (value_model, value_optimizer)}
-    betas = {"ref": args.beta, "old": 1.0}              # of the KL from pi_ref, and from pi_old (Eq. 8, any start)
+    betas = {"ref": args.beta, "old": 1.0}              # of the KL from pi_ref and of that from pi_old (Eq. 8)
     run = Run(args, tokenizer, eos_ids, problems, held_out, sampler, models, betas, stop)
     if args.value_warmup_steps >= args.num_steps:
         say("the policy will not learn: --value-warmup-steps, for the value model alone, is not below --num-steps")
@@ -549,7 +550,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
                 value_metrics.grad_norms.append(optimizer_step(value_model, value_optimizer, args.max_grad_norm))
                 if warming_up:
                     continue  # Differs: first only the value model learns
-                for part in micro_batches(policy, batch, minibatch, args):
+                for part in micro_batches(policy, batch, minibatch, args):                  # the same parts
                     with autocast:
                         logprobs, entropy = completion_logprobs(policy, part, args.temperature, args.entropy_coef > 0)
                     loss, per_token = policy_loss(
@@ -563,6 +564,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
                     if args.entropy_coef:
                         loss = loss - args.entropy_coef * (entropy * part.weights).sum()    # PPO Eq. 9, c_2 S
                     loss.backward()
+                    # Of each epoch alone, too, for the early stop.
                     by_epoch = {f"{name}_epoch_{epoch}": per_token[name] for name in ("clip_frac", "approx_kl")}
                     metrics.add(part.completion_mask, loss, entropy=entropy, **per_token, **by_epoch)
                 metrics.grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm))
@@ -582,7 +584,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
 
         run.log_step({
             "reward/mean": rewards.mean(),
-            "reward/std": rewards.std(correction=int(len(rewards) > 1)),
+            "reward/std": rewards.std(correction=int(len(rewards) > 1)),                    # 0 for a single one
             "completion/length": mask.sum(-1).float().mean(),
             "completion/truncated": 1 - ended.float().mean(),
             "policy/kl": kl.sum() / mask.sum(),
@@ -611,13 +613,12 @@ class Decoder:
     def __init__(self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, shape: tuple[int, int]):
         """prompt_ids, prompt_mask: (B, P); shape: N and the maximum of tokens, T."""
         self.policy, self.prompt_ids, self.prompt_mask, self.graph_step = policy, prompt_ids, prompt_mask, None
-        # Of fixed size, if the model can use such a cache: else every token waits for the device.
-        width = prompt_ids.shape[1] + shape[1]
-        self.cache = StaticCache(policy.config, width) if policy._can_compile_fullgraph else None
         self.rows = torch.arange(shape[0], device=prompt_ids.device)                        # (R,), those in the cache
         self.prompts = self.rows * len(prompt_ids) // len(self.rows)                        # (N,), of each completion
         self.lengths = prompt_mask.sum(1)[self.prompts]                                     # (R,), of the prompts
         self.visible = nn.functional.pad(prompt_mask[self.prompts].long(), (0, shape[1]), value=1)  # (R, P + T)
+        # Of fixed size, if the model can use such a cache: else every token waits for the device.
+        self.cache = StaticCache(policy.config, self.visible.shape[1]) if policy._can_compile_fullgraph else None
 
     def next_logits(self, ids: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
         """ids: (N, t), all tokens so far; running: (N,), rows that have not ended. Returns the rows in the cache, (R,),
@@ -626,14 +627,13 @@ class Decoder:
         if t == 0:
             return self.rows, self.run_prompts()
         if t % STOP_TEST_EVERY == 0:
-            kept = running[self.rows]                                                       # (R,)
-            num_kept = int(kept.sum())
-            if num_kept == 0:
-                return self.rows[:0], self.visible[:0]
-            if num_kept < (len(kept) / 2 if self.use_graph else len(kept)):  # a graph must be recorded again
-                kept, self.graph_step = kept.nonzero()[:, 0], None
+            kept = running[self.rows].nonzero()[:, 0]                                       # of the R rows
+            if len(kept) == 0:
+                return kept, self.visible[:0]
+            if len(kept) < len(self.rows) / (2 if self.use_graph else 1):  # a graph must be recorded again
                 self.rows, self.lengths, self.visible = self.rows[kept], self.lengths[kept], self.visible[kept]
                 self.cache.reorder_cache(kept)
+                self.graph_step = None
         tokens, position_ids = ids[self.rows, -1], self.lengths[:, None] + t - 1            # (R,); (R, 1)
         if self.use_graph and t > 1:  # the first step has loaded the kernels
             try:
@@ -656,8 +656,7 @@ class Decoder:
         assert self.cache, "it has no cache of keys and values"
         self.cache.reorder_cache(self.prompts)
         # On a GPU, starting the kernels of a step from Python takes longer than running them: record it, replay it.
-        is_static = all(type(layer) is StaticLayer for layer in self.cache.layers)
-        self.use_graph = self.can_record and self.rows.is_cuda and is_static
+        self.use_graph = self.can_record and self.rows.is_cuda and {type(x) for x in self.cache.layers} == {StaticLayer}
         return output.logits[self.prompts, -1]
 
 
@@ -740,12 +739,9 @@ def split_minibatch(model: nn.Module, batch: Batch, minibatch: Tensor, args: Arg
     groups = groups[totals.argsort(descending=True, stable=True)]
     G, P, T = groups.shape[1], int(prompt_lengths[minibatch].max()), int(lengths[groups].max())
     logits_per_token, most_logits = model.config.get_text_config().vocab_size, max_logits(batch.prompt_ids.device)
-
-    def fits(n: int) -> bool:
-        """Whether n completions fit. A copy of a prompt's keys and values takes an eighth of its activations."""
-        tokens = n * T + math.ceil(n / G) * P + n * P / 8
-        return n * T * logits_per_token <= most_logits and tokens <= args.micro_batch_tokens
-
+    # Of n completions. A copy of a prompt's keys and values takes an eighth of its activations.
+    tokens = lambda n: n * T + math.ceil(n / G) * P + n * P / 8
+    fits = lambda n: n * T * logits_per_token <= most_logits and tokens(n) <= args.micro_batch_tokens
     sizes = [n for n in range(2, groups.numel() + 1) if n % G == 0 or G % n == 0]
     size = max(filter(fits, sizes), default=1)
     return groups[rank::processes].flatten().to(batch.prompt_ids.device).split(size)
@@ -791,19 +787,14 @@ def prepare(args: Args, policy: nn.Module, others: list, problems: list) -> tupl
 
 
 def trial_batch(policy: nn.Module, problems: list, args: Args) -> Batch:
-    """Two prompts of random tokens, one as long as the longest of training, and two completions of each."""
+    """Two prompts of random tokens, one as long as the longest of training, each twice, and a completion of each."""
     vocab_size, device = policy.config.get_text_config().vocab_size, policy.device
     longest = max(len(prompt) for prompt, _ in problems)
     width = max(2, min(args.max_new_tokens, max_logits(device) // vocab_size // 4))
     ids = torch.randint(vocab_size, (4, longest + width), generator=reseed(0, 0))
     prompts = pad_prompts([ids[0, :longest].tolist(), ids[1, : longest // 4 + 1].tolist()], device)
     mask = (torch.arange(width) < torch.tensor([[width], [width // 2], [1], [width]])).to(device)  # (4, width)
-    return Batch(*prompts, ids[:, longest:].to(device), mask, mask.float())
-
-
-def alone(batch: Batch) -> Batch:
-    """The same completions, each with a copy of its prompt."""
-    return take_completions(batch, torch.arange(len(batch.completion_ids), device=batch.prompt_ids.device), False)
+    return Batch(*(x.repeat_interleave(2, 0) for x in prompts), ids[:, longest:].to(device), mask, mask.float())
 
 
 @torch.no_grad()
@@ -814,15 +805,16 @@ def check_models(policy: nn.Module, sampler: nn.Module, models: list, trial: Bat
         # Every eighth token ends a completion, so that some end early.
         eos_ids = torch.arange(0, policy.config.get_text_config().vocab_size, 8, device=policy.device)
         uniforms = torch.rand((4, min(trial.completion_ids.shape[1], 8)), generator=reseed(0, 1))
-        ids, mask, logprobs = generate_completions(policy, *trial[:2], uniforms, 1.0, eos_ids)
-        scored, _ = completion_logprobs(policy, alone(Batch(*trial[:2], ids, mask, logprobs)), 1.0)
+        prompts = trial.prompt_ids[::2], trial.prompt_mask[::2]                             # (2, P), each once
+        ids, mask, logprobs = generate_completions(policy, *prompts, uniforms, 1.0, eos_ids)
+        scored, _ = completion_logprobs(policy, Batch(*trial[:2], ids, mask, logprobs), 1.0)
         gap = (scored - logprobs).abs().max().item()
         if not gap < 1e-3:
             raise ValueError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats")
-        generate_completions(sampler, *trial[:2], uniforms, 1.0, eos_ids)
+        generate_completions(sampler, *prompts, uniforms, 1.0, eos_ids)
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             for model in models:
-                predict_completions(model, alone(trial))
+                predict_completions(model, trial)
 
 
 @torch.no_grad()
@@ -830,8 +822,9 @@ def can_share_prompt(policy: nn.Module, trial: Batch, args: Args) -> bool:
     """Whether the update can run a prompt once for all its completions; a model with linear attention cannot."""
     if not args.share_prompt or args.group_size == 1 or args.gradient_checkpointing:  # it would fill a cache twice
         return False
+    shared = trial._replace(prompt_ids=trial.prompt_ids[::2], prompt_mask=trial.prompt_mask[::2])
     try:
-        gap = completion_logprobs(policy, trial, 1.0)[0] - completion_logprobs(policy, alone(trial), 1.0)[0]
+        gap = completion_logprobs(policy, shared, 1.0)[0] - completion_logprobs(policy, trial, 1.0)[0]
         reason = f"its log-probabilities would be off by {gap.abs().max().item():.2g} nats"
         if gap.abs().max() < 1e-3:
             return True
@@ -877,8 +870,7 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         failure = str(error)
-    failures = [text for text in all_gather_objects(failure) if text]
-    if failures:
+    if failures := [text for text in all_gather_objects(failure) if text]:
         raise UserError(failures[0])
 
 
@@ -1032,8 +1024,7 @@ def load_policy(model: str, device: torch.device) -> nn.Module:
             for name in ("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"):
                 if hasattr(config, name):
                     setattr(config, name, name == "return_dict")
-        lacking = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]  # would be random
-        if lacking:
+        if lacking := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:  # would be random
             raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
         if any(parameter.dtype != torch.float32 for parameter in policy.parameters()):
             raise ValueError("its weights are quantised; to train, they must be floating-point numbers")
@@ -1047,12 +1038,11 @@ def shard(model: nn.Module, gradient_checkpointing: bool) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
-    device, trained = next(model.parameters()).device, next(model.parameters()).requires_grad
-    if gradient_checkpointing and trained:
+    if gradient_checkpointing:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if dist.is_initialized():
-        mesh = dist.init_device_mesh(device.type, (world()[1],))  # by default it is that of the GPUs
+        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world()[1],))  # by default that of the GPUs
         are_nested = any(inner is not layer and inner in layers for layer in layers for inner in layer.modules())
         for module in [*([] if are_nested else layers), model]:
             fully_shard(module, mesh=mesh)
@@ -1101,12 +1091,6 @@ def own_part(rows):
     return rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
 
 
-def agree(facts: dict) -> None:
-    """Refuse processes that hold different things, such as two hosts with other files of one name."""
-    if different := {name for other in all_gather_objects(facts) for name in facts if other[name] != facts[name]}:
-        raise UserError(f"the processes do not agree on: {', '.join(sorted(different))}")
-
-
 def all_gather_objects(x: object) -> list:
     """x of every process."""
     objects = [x] * world()[1]
@@ -1117,8 +1101,6 @@ def all_gather_objects(x: object) -> list:
 
 def all_gather(x: Tensor) -> Tensor:
     """The rows of all processes together, (N,) or (N, T), padded to the longest T."""
-    if not dist.is_initialized():
-        return x
     parts = all_gather_objects(x.cpu())
     width = max(part.shape[-1] for part in parts)
     return torch.cat([nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]).to(x.device)
@@ -1149,8 +1131,7 @@ def say(text: str) -> None:
 
 
 def reseed(seed: int, step: int) -> torch.Generator:
-    """Seed Python's and torch's random numbers anew for a step, so that a checkpoint holds no random state. Returns
-    torch's generator."""
+    """Seed Python's and torch's random numbers anew, so that a checkpoint holds none. Returns torch's generator."""
     random.seed(f"{seed} {step}")
     return torch.manual_seed(seed * 1_000_003 + step)
 
@@ -1205,8 +1186,14 @@ class Run:
         self.stop = stop or threading.Event()
         self.script, self.device, self.step, self.writer, self.times = Path(__file__).stem, eos_ids.device, 0, None, {}
         flags = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in self.FREE}
-        contents = {"problems": problems, "held-out problems": held_out, "model": self.policy}
-        hashes = {f"hash of the {name}": fingerprint(content) for name, content in contents.items()}
+        weights = ((name, full_tensor(x.detach())) for name, x in self.policy.named_parameters())
+        contents = {  # never paths
+            "problems": [line for _, line in problems],
+            "held-out problems": [line for _, line in held_out],
+            "model": [(name, [*x.shape], x.view(torch.int32).sum(dtype=torch.int64).item()) for name, x in weights],
+        }
+        digest = lambda content: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        hashes = {f"hash of the {name}": digest(content) for name, content in contents.items()}
         self.fixed = {"script": self.script, **flags, **hashes}  # what a resumed run must have, too
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
         name = args.run_name or f"{self.script}-{Path(args.model).resolve().name}-seed{args.seed}-{now}"
@@ -1214,12 +1201,13 @@ class Run:
         path = self.folder / "checkpoint.pt" if args.resume == "auto" else args.resume
         if path is not None and (args.resume != "auto" or os.path.exists(path)):  # else it starts from the beginning
             self.load(Path(path))
-        agree({**vars(args), **hashes, "step of the checkpoint": self.step})
+        # Two hosts may hold different files under one name.
+        facts = {**vars(args), **hashes, "step of the checkpoint": self.step}
+        if different := {name for other in all_gather_objects(facts) for name in facts if other[name] != facts[name]}:
+            raise UserError(f"the processes do not agree on: {', '.join(sorted(different))}")
         self.open_folder()
-        size = sum(parameter.numel() for parameter in self.policy.parameters()) / 1e6
-        say(f"{self.script}: {size:.1f} M parameters in {args.dtype} on {self.device.type}, step {self.step} of "
-            f"{args.num_steps}, in {self.folder}")
-        # The steps to train, and at the end --num-steps itself, for the last evaluation and save.
+        say(f"{self.script}: {self.policy.num_parameters() / 1e6:.1f} M parameters in {args.dtype} on "
+            f"{self.device.type}, step {self.step} of {args.num_steps}, in {self.folder}")
         self.bar = tqdm(range(self.step, args.num_steps + 1), self.script, args.num_steps, initial=self.step,
                         unit="step", disable=True if world()[0] else None)
 
@@ -1230,13 +1218,10 @@ class Run:
 
         if world()[0]:
             return
-        with as_user_error(f"cannot write the run to {self.folder} (to resume a run: --resume auto)"):
+        with as_user_error(f"cannot write the run to {self.folder} (to resume a run: --resume auto, once at a time)"):
             self.folder.mkdir(parents=True, exist_ok=self.args.resume == "auto")
             self.lock = FileLock(self.folder / "lock", thread_local=False, is_singleton=True)  # while a run here lives
-            try:
-                self.lock.acquire(blocking=False)
-            except Timeout:
-                raise UserError("another process is training in it") from None
+            self.lock.acquire(blocking=False)
             self.writer = SummaryWriter(str(self.folder.absolute()), purge_step=self.step)
             self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(self.args).items()))
             if (path := self.folder / "completions.jsonl").exists():
@@ -1248,53 +1233,48 @@ class Run:
     def evaluate_and_save(self, step: int) -> bool:
         """Before the update of a step, evaluate and save, each if it is due. True if the run ends here."""
         self.step, args = step, self.args
-        last = step == args.num_steps or bool(all_sum(torch.tensor(self.stop.is_set(), device=self.device).float()))
+        last = step == args.num_steps or any(all_gather_objects(self.stop.is_set()))
         if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
             self.evaluate()
         if last or (args.save_every and step % args.save_every == 0):
             self.save(last)
-        self.lap()
+        self.lap_started = time.perf_counter()
         return last
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """Mean reward on the held-out problems, greedy and sampled, and the mean length of the sampled completions. All
-        completions are appended to completions.jsonl."""
+        completions are appended to completions.jsonl, and the first is printed."""
         args, own, metrics = self.args, own_part(self.held_out), {}
         refresh_sampler(self.sampler, self.policy)
         size = args.num_prompts * args.group_size
-        shape, generator = (len(self.held_out), args.max_new_tokens), torch.Generator().manual_seed(0)
-        uniforms = own_part(torch.rand(shape, dtype=torch.float64, generator=generator))
+        shape = len(self.held_out), args.max_new_tokens
+        uniforms = own_part(torch.rand(shape, dtype=torch.float64, generator=reseed(0, 0)))
         for kind, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
             texts, num_tokens = [], torch.zeros((), device=self.device)
             for i in range(0, len(own), size):
-                prompts = pad_prompts([prompt for prompt, _ in own[i : i + size]], self.device)
-                ids, mask, _ = generate_completions(
-                    self.sampler, *prompts, uniforms[i : i + size], temperature, self.eos_ids
-                )
+                part = slice(i, i + size)
+                prompts = pad_prompts([prompt for prompt, _ in own[part]], self.device)
+                ids, mask, _ = generate_completions(self.sampler, *prompts, uniforms[part], temperature, self.eos_ids)
                 texts += decode(self.tokenizer, ids, mask, self.eos_ids)
                 num_tokens += mask.sum()
             rewards = self.guard(compute_rewards, texts, [problem for _, problem in own])   # (problems,)
             totals = all_sum(torch.stack([rewards.sum(), num_tokens])) / len(self.held_out)
             metrics[f"eval/{kind}"], metrics["eval/length"] = totals.tolist()
-            self.keep_completions(kind, own, texts, rewards.tolist())
+            lines = []
+            for (prompt, problem), text, r in zip(own, texts, rewards.tolist(), strict=True):
+                prompt = self.tokenizer.decode(prompt)
+                lines.append(dict(step=self.step, kind=kind, prompt=prompt, completion=text, reward=r, problem=problem))
+            lines = [line for of_process in all_gather_objects(lines) for line in of_process]
+            if world()[0] == 0:
+                with contextlib.suppress(OSError), (self.folder / "completions.jsonl").open("a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            text = (lines[0]["prompt"] + lines[0]["completion"]).replace("\n", " ")
+            text = text if len(text) <= 150 else f"{text[:60]} ... {text[-85:]}"
+            say(f"    {kind}, reward {lines[0]['reward']:.2f}: {text}")
         shown = "held-out reward {eval/greedy:.3f} greedy, {eval/sampled:.3f} sampled, {eval/length:.1f} tokens"
         say(f"step {self.step}: {shown.format_map(metrics)}")
         self.log(metrics)
-
-    def keep_completions(self, kind: str, problems: list, texts: list[str], rewards: list[float]) -> None:
-        """Append evaluated completions of all processes to completions.jsonl, and print the first."""
-        lines = []
-        for (prompt, problem), text, r in zip(problems, texts, rewards, strict=True):
-            prompt = self.tokenizer.decode(prompt)
-            lines.append(dict(step=self.step, kind=kind, prompt=prompt, completion=text, reward=r, problem=problem))
-        lines = [line for part in all_gather_objects(lines) for line in part]
-        if world()[0] == 0:
-            with contextlib.suppress(OSError), (self.folder / "completions.jsonl").open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        text = (lines[0]["prompt"] + lines[0]["completion"]).replace("\n", " ")
-        text = text if len(text) <= 150 else f"{text[:60]} ... {text[-85:]}"
-        say(f"    {kind}, reward {lines[0]['reward']:.2f}: {text}")
 
     def guard(self, function: Callable, completions: list[str], problems: list[dict]) -> Tensor:
         """Call `compute_rewards`, which is the user's own code; returns its rewards, (N,), in float32. If it fails, in
@@ -1307,26 +1287,20 @@ class Run:
             for x, completion, problem in zip(rewards, completions, problems, strict=True):
                 if not abs(x) < 1e15:  # the square of more, summed, is not finite in float32
                     raise ValueError(f"the reward is {x}, not a number below 1e15, for {completion!r} to {problem}")
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # SystemExit, too: code that is run may call for an exit
             failure = error
         os.chdir(here)
-        if all_sum(torch.tensor(float(failure is not None), device=self.device)):
+        if any(all_gather_objects(failure is not None)):
             self.save()
-            if failure and not isinstance(failure, Exception):
+            if isinstance(failure, SystemExit):  # it would end the program without a traceback
                 raise RuntimeError("compute_rewards ended the program") from failure
             raise failure or UserError("the reward failed in another process")
         return torch.tensor(rewards, device=self.device)                                    # (N,)
 
-    def lap(self, name: str = "") -> None:
-        """Note the seconds since the last lap under this name, once the device has done its work."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+    def lap(self, name: str) -> None:
+        """Note the seconds since the last lap under this name. What was read before has waited for the device."""
         now = time.perf_counter()
-        if name:
-            self.times[name] = now - self.lap_started
-        self.lap_started = now
+        self.times[name], self.lap_started = now - self.lap_started, now
 
     def log_step(self, metrics: dict[str, Tensor | float]) -> None:
         """The curves of a step of training, with its times, and what the progress bar shows of them."""
@@ -1334,9 +1308,8 @@ class Run:
         metrics = {name: float(value) for name, value in (self.times | metrics).items()}
         tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
         metrics["time/tokens_per_second"] = tokens / sum(self.times.values())
-        shown = "reward {reward/mean:.2f}, length {completion/length:.1f}, {time/tokens_per_second:.0f} tokens/s"
-        kl = f", KL {metrics['policy/kl']:.3f}" if "policy/kl" in metrics else ""
-        self.bar.set_postfix_str(shown.format_map(metrics) + kl)
+        shown = "reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
+        self.bar.set_postfix_str((shown + "{time/tokens_per_second:.0f} tokens/s").format_map(metrics))
         if metrics.get("policy/skipped") or metrics.get("value/skipped"):
             say(f"step {self.step}: the gradient was not finite, so its update was skipped")
         self.log(metrics)
@@ -1414,16 +1387,6 @@ class Run:
         if self.step < self.args.num_steps:
             say(f"to resume, run the same command with --run-name {self.folder.name} --resume auto")
         return self.folder / "policy"
-
-
-def fingerprint(content: nn.Module | list) -> str:
-    """A hash of the problems' lines, or of the names, shapes and bits of a model's weights: contents, never paths."""
-    if isinstance(content, nn.Module):
-        weights = [(name, full_tensor(x.detach())) for name, x in content.named_parameters()]
-        facts = [(name, [*x.shape], x.view(torch.int32).sum(dtype=torch.int64).item()) for name, x in weights]
-    else:
-        facts = [problem for _, problem in content]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def main(args: Args) -> int:

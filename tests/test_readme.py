@@ -201,9 +201,8 @@ def test_process_supervision_trains_in_place_of_the_lines_that_it_replaces(tmp_p
     lines = FILES["grpo.py"].splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if line.startswith("        groups = rewards.view"))
     assert lines[first + 1].startswith("        advantages = group_advantages(")
-    (expanded,) = (i for i, line in enumerate(lines) if "expand_as(weights)" in line)
-    lines[expanded], lines[first : first + 2] = "", [STEPS]
-    text = "".join(lines).replace("import group_advantages", "import group_advantages, process_advantages")
+    lines[first : first + 2] = [STEPS]
+    text = "".join(lines).replace(".view(-1, 1).expand_as(weights)", "").replace("import group_advantages", "import group_advantages, process_advantages")
     monkeypatch.chdir(tmp_path)
     points = train_copy(tmp_path, "grpo", text, 20)
     (_, first), *_, (_, last) = points["eval/sampled"]
