@@ -196,10 +196,10 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
      "tests/test_training.py::test_train_rewards_every_completion_with_the_problem_of_its_prompt[{}]"),
     ("the std is another one than is said", "advantage.py", "group_advantages",
      "rewards.std(dim=1, keepdim=True)", "rewards.std(dim=1, keepdim=True, correction=0)",
-     "tests/test_advantage.py::test_group_advantages_have_the_variance_of_the_sample_std"),
+     "tests/test_advantage.py::test_group_advantages_are_rewards_less_their_mean_over_the_sample_std"),
     ("a group of one has an advantage", "advantage.py", "group_advantages",
      "rewards.shape[1] < 2", "rewards.shape[1] < 1",
-     "tests/test_advantage.py::test_group_advantages_refuse_wrong_shapes_unknown_names_and_groups_of_one"),
+     "tests/test_advantage.py::test_wrong_shapes_types_names_and_numbers_are_refused"),
     ("groups of one are sampled", "grpo.py", "check_args",
      "LEAST.get(name)", '(LEAST | {"group_size": 1}).get(name)',
      "tests/test_arguments.py::"
