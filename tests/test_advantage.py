@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What must hold for advantages: those of a group (DeepSeekMath 4.1.2), of steps (4.1.3), GAE and whitening.
-
-The deviations below carry the 1e-4 that the code adds to them: s / (s + 1e-4) is the factor that it costs.
-"""
+"""What must hold for advantages: those of a group (DeepSeekMath 4.1.2), of steps (4.1.3), GAE and whitening."""
 
 import doctest
 import math
@@ -30,7 +27,7 @@ from helpers.strategies import (
     tensors,
 )
 
-STD_EPS = 1e-4
+STD_EPS = 1e-4  # which the code adds to a standard deviation
 fractions = st.floats(0.0, 1.0)  # gamma, lambda
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What the properties are drawn from: finite numbers, masks with at least one token per row, rewards, and inputs of
-the loss with log-ratios up to 10; and the tolerance to which they hold, 1e-10 in float64 and 1e-4 in float32.
-"""
+"""What the properties are drawn from: finite numbers, masks, rewards, and inputs of the loss with log-ratios up to 10;
+and the tolerance to which they hold, 1e-10 in float64 and 1e-4 in float32."""
 
 import functools
-from typing import NamedTuple
+import math
+from collections import namedtuple
 
 import torch
 from hypothesis import settings
@@ -34,7 +34,7 @@ def numbers(low: float, high: float) -> st.SearchStrategy[float]:
 
 @st.composite
 def tensors(draw, shape: tuple[int, ...], low: float, high: float, dtypes=dtypes) -> Tensor:
-    size = torch.Size(shape).numel()
+    size = math.prod(shape)
     values = draw(st.lists(numbers(low, high), min_size=size, max_size=size))
     return torch.tensor(values, dtype=draw(dtypes)).view(shape)
 
@@ -54,7 +54,7 @@ def spread_out(values: list[float]) -> bool:
 
 
 @st.composite
-def rewards(draw, dtypes=dtypes, max_prompts: int = 3, max_group: int = 8) -> Tensor:
+def rewards(draw, max_prompts: int = 3, max_group: int = 8) -> Tensor:
     """(B, G), of which no row is equal: right or wrong, a mark in tenths, or any number."""
     kinds = [st.sampled_from([0.0, 1.0]), st.integers(0, 10).map(lambda x: x / 10), numbers(-1e6, 1e6)]
     group_size = draw(st.integers(2, max_group))
@@ -62,14 +62,8 @@ def rewards(draw, dtypes=dtypes, max_prompts: int = 3, max_group: int = 8) -> Te
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=max_prompts)), dtype=draw(dtypes))
 
 
-class Batch(NamedTuple):
-    """The first arguments of `grpo_loss`, in its order, each (N, T)."""
-
-    logprobs: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    advantages: Tensor
-    completion_mask: Tensor
+# The first arguments of `grpo_loss`, in its order, each (N, T).
+Batch = namedtuple("Batch", ["logprobs", "old_logprobs", "ref_logprobs", "advantages", "completion_mask"])
 
 
 @st.composite
