@@ -30,9 +30,9 @@ class Completions(NamedTuple):
 @functools.cache
 def all_completions(vocab: int, width: int) -> Completions:
     """Pad is the end token, so that a mask by id would be a wrong one."""
-    full = itertools.product(range(vocab), repeat=width)
-    rows = sorted({row[: row.index(END) + 1] if END in row else row for row in full})
-    lengths = torch.tensor([[len(row)] for row in rows])
+    every_row = itertools.product(range(vocab), repeat=width)
+    rows = sorted({row[: row.index(END) + 1] if END in row else row for row in every_row})
+    mask = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
     ids = torch.tensor([row + (END,) * (width - len(row)) for row in rows])
     prefixes = sorted({row[:t] for row in rows for t in range(len(row))})
     states, entries = torch.zeros_like(ids), torch.full((len(prefixes), vocab), -1)
@@ -40,7 +40,7 @@ def all_completions(vocab: int, width: int) -> Completions:
         for t, token in enumerate(row):
             states[i, t] = prefixes.index(row[:t])
             entries[states[i, t], token] = i * width + t
-    return Completions(ids, torch.arange(width) < lengths, states, entries)
+    return Completions(ids, mask, states, entries)
 
 
 class Policy(NamedTuple):
@@ -83,15 +83,15 @@ def softmax_policy(logits: Tensor) -> Policy:
 @functools.cache
 def transformer_policy(vocab: int, width: int, seed: int) -> Policy:
     """gpt2, because all of it computes in float64. Scored as in training: all completions share a prompt."""
-    size = dict(n_embd=8, hidden_size=8, n_layer=1, num_hidden_layers=1)
-    model, generator = make_model("gpt2", vocab_size=vocab, **size), torch.Generator().manual_seed(seed)
+    model = make_model("gpt2", vocab_size=vocab, hidden_size=8, num_hidden_layers=1)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.4, generator=generator)
     completions, prompt = all_completions(vocab, width), torch.tensor([[2, 0, END, 2]])
-    ids, mask = completions.ids, completions.mask                                           # (M, T), twice
+    ids, mask, *_ = completions
     batch = Batch(prompt, torch.ones_like(prompt, dtype=torch.bool), ids, mask, torch.zeros(ids.shape))
     logprobs, _ = completion_logprobs(model, batch, temperature=0.7)
-    return Policy(list(model.parameters()), completions, logprobs, completions.mask)
+    return Policy(list(model.parameters()), completions, logprobs, mask)
 
 
 @st.composite

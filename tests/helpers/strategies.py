@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""What the properties are drawn from: finite numbers, masks with at least one token per row, rewards, and inputs of
-the loss with log-ratios up to 10; and the tolerance to which they hold, 1e-10 in float64 and 1e-4 in float32.
-"""
+"""What the properties are drawn from: finite numbers, masks, rewards, and inputs of the loss with log-ratios up to 10;
+and the tolerance to which they hold, 1e-10 in float64 and 1e-4 in float32."""
 
-from typing import NamedTuple
+import functools
+import math
+from collections import namedtuple
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 dtypes = st.sampled_from([torch.float64, torch.float32])
 float64 = st.just(torch.float64)
+# For what 50 examples show as well as the 200 of HYPOTHESIS_PROFILE=ci.
+few_examples = settings(max_examples=min(50, settings().max_examples))
 garbage = st.sampled_from([0.0, 1.0, -1e30, 1e30, torch.inf, torch.nan])  # what padding may hold where it is not read
 scales, baselines = st.sampled_from(["group", "batch", "none"]), st.sampled_from(["mean", "leave_one_out"])
 
@@ -22,6 +26,7 @@ def assert_close(actual: Tensor, expected: Tensor | float, scale: float = 1.0) -
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(scale))
 
 
+@functools.cache  # building strategies takes longer than drawing from them
 def numbers(low: float, high: float) -> st.SearchStrategy[float]:
     """Floats, where less than 1e-20 is 0: what underflows says nothing about the math."""
     return st.floats(low, high).map(lambda x: x if abs(x) >= 1e-20 else 0.0)
@@ -29,16 +34,16 @@ def numbers(low: float, high: float) -> st.SearchStrategy[float]:
 
 @st.composite
 def tensors(draw, shape: tuple[int, ...], low: float, high: float, dtypes=dtypes) -> Tensor:
-    size = torch.Size(shape).numel()
+    size = math.prod(shape)
     values = draw(st.lists(numbers(low, high), min_size=size, max_size=size))
     return torch.tensor(values, dtype=draw(dtypes)).view(shape)
 
 
 @st.composite
-def masks(draw, max_rows: int = 4, max_tokens: int = 5) -> Tensor:
-    """(N, T), bool: rows of 1 to T tokens, padded on the right."""
-    width = draw(st.integers(1, max_tokens))
-    lengths = draw(st.lists(st.integers(1, width), min_size=1, max_size=max_rows))
+def masks(draw, least: int = 1) -> Tensor:
+    """(N, T), bool: rows of `least` to T tokens, padded on the right."""
+    width = draw(st.integers(1, 5))
+    lengths = draw(st.lists(st.integers(least, width), min_size=1, max_size=4))
     return torch.arange(width) < torch.tensor(lengths)[:, None]
 
 
@@ -49,7 +54,7 @@ def spread_out(values: list[float]) -> bool:
 
 
 @st.composite
-def rewards(draw, dtypes=dtypes, max_prompts: int = 3, max_group: int = 8) -> Tensor:
+def rewards(draw, max_prompts: int = 3, max_group: int = 8) -> Tensor:
     """(B, G), of which no row is equal: right or wrong, a mark in tenths, or any number."""
     kinds = [st.sampled_from([0.0, 1.0]), st.integers(0, 10).map(lambda x: x / 10), numbers(-1e6, 1e6)]
     group_size = draw(st.integers(2, max_group))
@@ -57,20 +62,14 @@ def rewards(draw, dtypes=dtypes, max_prompts: int = 3, max_group: int = 8) -> Te
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=max_prompts)), dtype=draw(dtypes))
 
 
-class Batch(NamedTuple):
-    """The first arguments of `grpo_loss`, in its order, each (N, T)."""
-
-    logprobs: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    advantages: Tensor
-    completion_mask: Tensor
+# The first arguments of `grpo_loss`, in its order, each (N, T).
+Batch = namedtuple("Batch", ["logprobs", "old_logprobs", "ref_logprobs", "advantages", "completion_mask"])
 
 
 @st.composite
 def batches(draw, on_policy: bool = False, outcome: bool = False, mask=None) -> Batch:
     """Ratios up to e^10, half of the time within 1 +- 0.3. `outcome`: all tokens of a row have the same advantage."""
-    mask, dtype = draw(mask if mask is not None else masks()), st.just(draw(dtypes))
+    mask, dtype = draw(masks() if mask is None else mask), st.just(draw(dtypes))
     logprobs = draw(tensors(mask.shape, -10.0, 0.0, dtype))
     widest = draw(st.sampled_from([0.3, 10.0]))
     log_ratio = 0.0 if on_policy else draw(tensors(mask.shape, -widest, widest, dtype))

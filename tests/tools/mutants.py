@@ -47,8 +47,7 @@ pytest_add_cli_args_test_selection=
     -knot qwen3_5_text and (not __mutmut_ or __mutmut_orig)
     tests/test_advantage.py
     tests/test_kl.py
-    tests/test_grpo_loss.py
-    tests/test_ppo_loss.py
+    tests/test_losses.py
     tests/test_logprobs.py
 # A mutant may take four times as long as its tests and a minute: nothing here can run forever, so this is for load.
 timeout_multiplier=4
