@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import grpo
 import ppo
+from ppo import ValueModel
 
 VOCAB = 61
 BASE = dict(
@@ -58,9 +59,9 @@ def make_model(family: str, dtype: torch.dtype = torch.float64, **special) -> nn
     return model
 
 
-def trained_value_model(policy: nn.Module) -> ppo.ValueModel:
+def trained_value_model(policy: nn.Module) -> ValueModel:
     """One whose head is no longer 0, in the policy's dtype."""
-    value_model = ppo.ValueModel(policy).to(policy.dtype)
+    value_model = ValueModel(policy).to(policy.dtype)
     torch.manual_seed(1)
     for parameter in value_model.head.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -88,6 +89,11 @@ def batch_of(script, num_prompts=3, group_size=4, width=7, seed=0) -> grpo.Batch
     completion_ids = torch.randint(2, VOCAB, (num_rows, width), generator=generator)
     masks = torch.arange(5) >= 5 - prompt_lengths, torch.arange(width) < lengths
     return script.Batch(prompt_ids, masks[0], completion_ids, masks[1], torch.zeros(masks[1].shape))
+
+
+def tokens_of(ids: Tensor, mask: Tensor) -> list[list]:
+    """Row by row, without the padding."""
+    return [row[counted].tolist() for row, counted in zip(ids, mask, strict=True)]
 
 
 def with_copies(batch):
