@@ -2,11 +2,9 @@
 """A device for tests, "second": its tensors lie in the memory of the CPU and are computed there, and it refuses what
 CUDA refuses. `use` registers it with torch, as the accelerator of the process: one per process.
 
-As on CUDA, an operation takes all its tensors from one device, except that
-    - a 0-dim tensor of the CPU counts as a number in pointwise operations,
-    - indices of the CPU may index a tensor of the device,
-    - copies, such as x.to(device), x.cpu() and x.copy_(y), go between devices.
-What the host reads makes it wait for the device, and so does every copy from or to it that is not non_blocking, as in
+As on CUDA, an operation takes all its tensors from one device, but a 0-dim tensor of the CPU counts as a number in
+pointwise operations, indices of the CPU may index a tensor of the device, and copies go between devices. What the host
+reads makes it wait for the device, and so does a copy from or to it that is not non_blocking, as in
 torch.cuda.set_sync_debug_mode. `waits` counts this by the line that asked.
 
 Where there is a GPU, the tests run on CUDA instead, and `waits` counts what torch warns of. There, on an H100, CUDA
@@ -54,24 +52,24 @@ class Module(_DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-def here(x: Tensor) -> bool:
+def on_device(x: Tensor) -> bool:
     return not x.is_cpu
 
 
-def over(host: torch.UntypedStorage) -> torch.UntypedStorage:
+def storage_over(host: torch.UntypedStorage) -> torch.UntypedStorage:
     """A storage of the device over the memory of one of the CPU."""
     storage = torch._C._construct_storage_from_data_pointer(host.data_ptr(), torch.device(NAME, 0), host.nbytes())
     storage.host = host  # lives as long as the storage
     return storage
 
 
-def put(x: Tensor, into: Tensor | None = None) -> Tensor:
+def tensor_of_device(x: Tensor, into: Tensor | None = None) -> Tensor:
     """A tensor of the device over the memory of a tensor of the CPU."""
     into = torch._C._acc.create_empty_tensor([0], x.dtype) if into is None else into
-    return SET.redispatch(CPU, into, over(x.untyped_storage()), x.storage_offset(), x.shape, x.stride())
+    return SET.redispatch(CPU, into, storage_over(x.untyped_storage()), x.storage_offset(), x.shape, x.stride())
 
 
-def seen(x: Tensor) -> Tensor:
+def tensor_of_host(x: Tensor) -> Tensor:
     """A tensor of the CPU over the memory of a tensor of the device."""
     return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage().host, x.storage_offset(), x.shape, x.stride())
 
@@ -112,9 +110,9 @@ def about(op: OpOverload) -> tuple[str, dict[str, str], set[str]]:
 
 def copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """Between the devices, or within this one."""
-    if not non_blocking and here(source) != here(target) and source.numel():
-        wait("copy to the device" if here(target) else "copy to the CPU")
-    source, written = (seen(x) if here(x) else x for x in (source, target))
+    if not non_blocking and on_device(source) != on_device(target) and source.numel():
+        wait("copy to the device" if on_device(target) else "copy to the CPU")
+    source, written = (tensor_of_host(x) if on_device(x) else x for x in (source, target))
     written.copy_(source)
     return target
 
@@ -126,36 +124,36 @@ def fallback(op: OpOverload, *args: object, **kwargs: object) -> object:
     name, types, numbers = about(op)
     if name == "_copy_from":
         return copy(*args)
-    given, lent = dict(zip(types, args, strict=False)) | kwargs, {}
+    given, originals = dict(zip(types, args, strict=False)) | kwargs, {}
     devices = lambda: {key: [str(x.device) for x in tensors(value)] for key, value in given.items() if tensors(value)}
     reads = name in READS or (op is torch.ops.aten.repeat_interleave.Tensor and given.get("output_size") is None)
-    if name == "_index_put_impl_":  # moves indices here, and looks for the places of a mask where it has many values
+    if name == "_index_put_impl_":  # moves indices, and looks for the places of a mask where it has many values
         indices = tensors(given["indices"])
         masked = given["values"].numel() > 1 and any(x.dtype == torch.bool for x in indices)
-        reads = masked or not all(map(here, indices))
+        reads = masked or not all(map(on_device, indices))
     if reads:
         wait(name)
 
-    def lend(argument: str, x: Tensor) -> Tensor:
-        if not here(x):
+    def host_tensor(argument: str, x: Tensor) -> Tensor:
+        if not on_device(x):
             if (x.dim() == 0 and argument in numbers) or (name in INDEXING and argument == "indices"):
                 return x
             raise RuntimeError(f"{op}: expected all tensors to be on the same device, but found {devices()}")
-        host = seen(x)
-        lent[id(host)] = host, x
+        host = tensor_of_host(x)
+        originals[id(host)] = host, x
         return host
 
-    given = {key: each(lambda x, key=key: lend(key, x), value) for key, value in given.items()}
+    given = {key: each(lambda x, key=key: host_tensor(key, x), value) for key, value in given.items()}
     if "device" in given:
         given["device"] = torch.device("cpu")
     for key, value in given.items():
         if types[key] == "Tensor" and not isinstance(value, Tensor):  # a number that torch had made a tensor
-            given[key] = torch.tensor(value, dtype=torch.result_type(next(iter(lent.values()))[0], value))
+            given[key] = torch.tensor(value, dtype=torch.result_type(next(iter(originals.values()))[0], value))
     result = op(**given)
-    for host, x in lent.values():
+    for host, x in originals.values():
         if host.shape != x.shape:  # an empty out=
-            put(host, x)
-    return each(lambda x: lent[id(x)][1] if id(x) in lent else put(x), result)
+            tensor_of_device(host, x)
+    return each(lambda x: originals[id(x)][1] if id(x) in originals else tensor_of_device(x), result)
 
 
 def autocast(op: OpOverload, lower: bool) -> Callable:
@@ -163,7 +161,7 @@ def autocast(op: OpOverload, lower: bool) -> Callable:
 
     def kernel(*args: object, **kwargs: object) -> object:
         dtype = torch.get_autocast_dtype(NAME) if lower else torch.float32
-        cast = lambda x: x.to(dtype) if here(x) and x.is_floating_point() and x.dtype != torch.float64 else x
+        cast = lambda x: x.to(dtype) if on_device(x) and x.is_floating_point() and x.dtype != torch.float64 else x
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
             return op(*each(cast, args), **{key: each(cast, x) for key, x in kwargs.items()})
 
@@ -180,7 +178,7 @@ def use() -> None:
         return
     _setup_privateuseone_for_python_backend(NAME, Module())
     clone = torch.UntypedStorage.clone  # copy.deepcopy needs it
-    torch.UntypedStorage.clone = lambda self: over(clone(self.host)) if self.device.type == NAME else clone(self)
+    torch.UntypedStorage.clone = lambda x: storage_over(clone(x.host)) if x.device.type == NAME else clone(x)
     everything, aten = LIBRARIES
     everything.fallback(fallback, "PrivateUse1")
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
