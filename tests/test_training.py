@@ -137,10 +137,8 @@ def test_help_shows_every_flag_with_its_default(script, capsys):
     with pytest.raises(SystemExit, match="0"):
         tyro.cli(script.Args, description=script.__doc__, args=["--help"])
     said = capsys.readouterr().out
-    for field in dataclasses.fields(script.Args()):
-        assert f"--{field.name.replace('_', '-')}" in said
+    assert all(f"--{field.name.replace('_', '-')}" in said for field in dataclasses.fields(script.Args))
     assert "(default: 0.2)" in said
-    assert "DeepSeekMath" in said
 
 
 # ----- What is learned from -----
@@ -200,16 +198,12 @@ def test_train_goes_on_where_there_is_nothing_to_learn(case, monkeypatch):
     assert found["completion/truncated"][0][1] == 1 or "truncated" not in case
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(max_new_tokens=1), dict(gae_lambda=1.0), dict(num_prompts=1, group_size=1, num_minibatches=1)],
-    ids=["one token", "one reward", "one completion"],
-)
+@pytest.mark.parametrize("options", [{}, dict(max_new_tokens=1), dict(num_prompts=1, group_size=1, num_minibatches=1)])
 def test_returns_without_a_spread_have_nothing_to_explain(options, monkeypatch):
     """Every completion earned the same, and the curve showed a prediction millions of times worse than a constant. Of
     one completion a step there was a warning, and a curve of NaN."""
     monkeypatch.setattr(ppo, "reward", lambda completion, problem: 1.0)
-    ppo.train(small(ppo, "a", **dict(beta=0.0, gae_lambda=1.0) | options))
+    ppo.train(small(ppo, "a", beta=0.0, gae_lambda=1.0, **options))
     found = curves("a")
     assert found["value/explained_variance"] == found["reward/std"] == [(0, 0.0), (1, 0.0), (2, 0.0)]
 
@@ -226,16 +220,6 @@ def test_the_reference_becomes_the_policy_of_the_step_that_was_asked_for(every, 
     assert not moved(reference, policies[{0: 0, 1: 3, 2: 2}[every]])
     zero_at = {0: [0], 1: [0, 1, 2, 3], 2: [0, 2]}[every]
     assert [step for step, kl in curves("a")["policy/kl"] if kl < 1e-9] == zero_at
-
-
-@TWINS
-def test_the_end_token_is_trained_when_pad_is_the_end_token(script, monkeypatch):
-    """Short completions are rewarded: the policy must learn to stop, and can only by its end token."""
-    assert AutoTokenizer.from_pretrained(TINY).pad_token_id == AutoTokenizer.from_pretrained(TINY).eos_token_id
-    monkeypatch.setattr(script, "reward", lambda completion, problem: -float(len(completion)))
-    script.train(small(script, "a", num_prompts=16, num_steps=12, beta=0.0, learning_rate=2e-3))
-    lengths = [value for _, value in curves("a")["completion/length"]]
-    assert sum(lengths[-3:]) < 0.7 * sum(lengths[:3])
 
 
 # ----- Stopping -----

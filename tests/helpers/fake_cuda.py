@@ -11,8 +11,7 @@ Where there is a GPU, the tests run on CUDA instead, and `waits` counts what tor
 refused and allowed the same, and waited as often in sampling.
 
 `fallback` gets every operation that torch does not compose of others, below autograd and autocast. The storage of a
-tensor is one of the device, over host memory, so views, autograd and the sharing of weights are torch's own. Of the
-operations of autocast, only what language models use is here.
+tensor is one of the device, over host memory, so views, autograd and the sharing of weights are torch's own.
 """
 
 import sys
@@ -29,24 +28,18 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 NAME, SCRIPTS = "cuda" if torch.cuda.is_available() else "second", ("grpo.py", "ppo.py")
 BETWEEN = str(Path(torch.__file__).parent), warnings.__file__, __file__  # what lies between a wait and who asked
-CPU, AUTOCAST = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, x)) for x in ("CPU", "AutocastPrivateUse1"))
-# CUDA's autocast computes these in the lower precision, and these in float32.
-LOWER = ("linear", "matmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "einsum", "scaled_dot_product_attention",
-         "convolution", "conv1d", "conv2d")  # fmt: skip
-FLOAT32 = ("exp", "expm1", "log", "log1p", "log2", "reciprocal", "rsqrt", "pow", "softplus", "layer_norm", "logsumexp",
-           "softmax", "log_softmax", "cumsum", "cumprod", "sum", "prod", "linalg_vector_norm", "norm")  # fmt: skip
+CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # The host must know a value, or how large the result is.
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 INDEXING = ("index", "_index_put_impl_")
 SET = torch.ops.aten.set_.source_Storage_storage_offset
-
-LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")  # as long as these are alive
+LIBRARY = torch.library.Library("_", "IMPL")  # what it registers stays as long as it is alive
 
 waits: Counter[str] = Counter()
 
 
 class Module(_DummyBackendModule):
-    """torch.second"""
+    """torch.second; under autocast nothing is cast."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -156,18 +149,6 @@ def fallback(op: OpOverload, *args: object, **kwargs: object) -> object:
     return each(lambda x: originals[id(x)][1] if id(x) in originals else tensor_of_device(x), result)
 
 
-def autocast(op: OpOverload, lower: bool) -> Callable:
-    """The operation with its tensors in the precision of autocast."""
-
-    def kernel(*args: object, **kwargs: object) -> object:
-        dtype = torch.get_autocast_dtype(NAME) if lower else torch.float32
-        cast = lambda x: x.to(dtype) if on_device(x) and x.is_floating_point() and x.dtype != torch.float64 else x
-        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
-            return op(*each(cast, args), **{key: each(cast, x) for key, x in kwargs.items()})
-
-    return kernel
-
-
 def use() -> None:
     """Make the device known to torch, for the rest of the process. On CUDA: count what torch warns of."""
     if NAME == "cuda":
@@ -179,11 +160,6 @@ def use() -> None:
     _setup_privateuseone_for_python_backend(NAME, Module())
     clone = torch.UntypedStorage.clone  # copy.deepcopy needs it
     torch.UntypedStorage.clone = lambda x: storage_over(clone(x.host)) if x.device.type == NAME else clone(x)
-    everything, aten = LIBRARIES
-    everything.fallback(fallback, "PrivateUse1")
-    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    for packet in (getattr(torch.ops.aten, name) for name in LOWER + FLOAT32):
-        for op in (getattr(packet, name) for name in packet.overloads()):
-            if not any(a.is_out or a.type.kind() == "StringType" for a in op._schema.arguments):
-                aten.impl(op, autocast(op, packet.__name__ in LOWER), "AutocastPrivateUse1")
+    LIBRARY.fallback(fallback, "PrivateUse1")
+    LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     torch.accelerator.synchronize = lambda *_: None  # the device is never behind

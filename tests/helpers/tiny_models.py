@@ -53,7 +53,8 @@ ENDS = torch.arange(0, VOCAB, 6)  # many end tokens, of which the padding's 0 is
 def make_model(family: str, dtype: torch.dtype = torch.float64, **special) -> nn.Module:
     """A model whose weights are large enough for its predictions to differ from token to token."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(BASE | special))).to(dtype).eval()
+    config = AutoConfig.for_model(family, **BASE | (SHARING | NOT_SHARING).get(family, {}) | special)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3)
     return model
