@@ -177,9 +177,6 @@ def updates(script: ModuleType, options: dict, vary: Callable | None = None, ste
     return found
 
 
-# ----- What must change nothing -----
-
-
 def with_more_padding(patch: pytest.MonkeyPatch, script: ModuleType) -> None:
     """Columns of other tokens left of the prompts, and of end tokens right of the completions; the same in the padding
     that was there."""

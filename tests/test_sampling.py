@@ -114,9 +114,10 @@ class Graph(TorchDispatchMode):
 
     def replay(self) -> None:
         def value(x: object) -> object:
-            x = x() if (is_outside := isinstance(x, weakref.ref)) else x
-            assert x is not None or not is_outside, "memory was freed that a replay needs"
-            return x
+            if not isinstance(x, weakref.ref):
+                return x
+            assert x() is not None, "memory was freed that a replay needs"
+            return x()
 
         for op, args, kwargs, result in self.calls:
             again = op(*tree_map(value, args), **tree_map(value, kwargs))

@@ -240,7 +240,6 @@ def test_a_signal_finishes_the_step_saves_and_leaves(script, number, monkeypatch
     said = capfd.readouterr().err
     assert "finishing this step, then saving; a second signal exits at once" in said
     assert "to resume, run the same command with --run-name a --resume auto" in said
-    assert next(calls) == 32 + 1
     assert saved("a")["step"] == 2
     assert [step for step, _ in curves("a")["reward/mean"]] == [0, 1]
 

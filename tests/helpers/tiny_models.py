@@ -44,8 +44,6 @@ NOT_SHARING = {
         mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, lm_head_multiplier=0.5,
     ),
 }
-
-
 PROMPTS = [[5, 0, 7, 8, 9, 0, 0], [4, 3, 2], [0]]  # ragged, with the padding's 0 inside and last, as in a chat
 ENDS = torch.arange(0, VOCAB, 6)  # many end tokens, of which the padding's 0 is one: rows end at different times
 
