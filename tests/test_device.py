@@ -4,7 +4,6 @@ torch takes one such device for a process, so a process of its own does the work
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,26 +13,21 @@ from torch import nn
 
 import grpo
 import ppo
-from helpers.runs import ROOT, SMALL, curves, finish, leaves, make_folder, saved, start, weights
+from helpers.runs import ROOT, SCRIPTS, SMALL, curves, finish, leaves, make_folder, saved, start, weights
 
 pytestmark = pytest.mark.slow
 
 TRAIN = SMALL | dict(
-    group_size=4, max_new_tokens=9, num_steps=3, eval_every=1, save_every=1, update_epochs=1, num_minibatches=2,
+    group_size=4, max_new_tokens=9, num_steps=3, eval_every=2, save_every=1, update_epochs=1, num_minibatches=2,
     temperature=0.9,
 )  # fmt: skip
 OWN = {grpo: dict(ref_refresh_every=2), ppo: dict(value_warmup_steps=1, adaptive_kl_target=0.01)}
-WORK = "import test_device\ntest_device.work()"
-BFLOAT16 = dict(dtype="bfloat16", gradient_checkpointing=True, eval_every=0)
+WORK = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport test_device\ntest_device.work()"
 SAMPLING = "generate_completions", "sample_tokens", "next_logits", "run_prompts"  # where a token could wait
-both = pytest.mark.parametrize("script", [grpo, ppo])
-
-
-def variety(completion: str, problem: dict) -> float:
-    return len(set(completion)) / 10
 
 
 def train(script, run_name: str, **choices) -> None:
+    script.reward = lambda completion, problem: len(set(completion)) / 10
     script.train(script.Args(**TRAIN | OWN[script] | choices, run_name=f"{script.__name__}_{run_name}"))
 
 
@@ -41,37 +35,29 @@ def observe(script) -> dict:
     """Train on the device in two parts, the second from the checkpoint of the first, and count."""
     from helpers.fake_cuda import waits
 
-    script.reward, sharing, tokens = variety, [], []
-    record(script, "can_share_prompt", sharing)
-    record(script, "sample_tokens", tokens)
+    sharing, can_share_prompt = [], script.can_share_prompt
+    tokens, sample_tokens = [], script.sample_tokens
+    script.can_share_prompt = lambda *args: sharing.append(can_share_prompt(*args)) or sharing[-1]
+    script.sample_tokens = lambda *args: tokens.append(1) or sample_tokens(*args)
     waits.clear()
-    train(script, "there", device="auto", num_steps=2)
-    train(script, "there", device="auto", resume="auto")
-    return {"sharing": [*sharing], "tokens": len(tokens), "waits": dict(waits)}
-
-
-def record(script, name: str, results: list) -> None:
-    """Collect what a function of the script returns."""
-    function = getattr(script, name)
-
-    def recorded(*args: object) -> object:
-        results.append(function(*args))
-        return results[-1]
-
-    setattr(script, name, recorded)
+    train(script, "device", device="auto", num_steps=2)
+    train(script, "device", device="auto", resume="auto")
+    return dict(sharing=sharing, tokens=len(tokens), waits=dict(waits))
 
 
 def work() -> None:
-    """All that is done on the device. The last line of its output is what was seen."""
+    """All that is done on the device. The last line of the output is what was found."""
     from helpers import fake_cuda
 
     fake_cuda.use()
     device = torch.accelerator.current_accelerator(check_available=True)
-    told = {"refused": [name for name, case in [*REFUSED.items(), *ALLOWED.items()] if refuses(case, device)]}
+    assert device.type == fake_cuda.NAME
+    found = {"refused": [name for name, case in [*REFUSED.items(), *ALLOWED.items()] if refuses(case, device)]}
     for script in (grpo, ppo):
-        told[script.__name__] = observe(script)
-        train(script, "bfloat16", device="auto", num_steps=2, **BFLOAT16)
-    print("\n" + json.dumps(told | {"device": device.type, "name": fake_cuda.NAME}))
+        found[script.__name__] = observe(script)
+        bfloat16 = dict(dtype="bfloat16", gradient_checkpointing=True, eval_every=0, num_steps=2)
+        train(script, "bfloat16", device="auto", **bfloat16)
+    print("\n" + json.dumps(found))
 
 
 ON = lambda device, *size: torch.ones(size, device=device)
@@ -118,66 +104,56 @@ def refuses(case, device: torch.device) -> bool:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> Iterator[dict]:
-    """What the process told; the tests are in its folder."""
-    folder = tmp_path_factory.mktemp("device")
+def found(tmp_path_factory) -> Iterator[dict]:
+    """What `work` found; the current folder has its runs, and the same of the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        make_folder(folder)
-        paths = [str(ROOT), str(ROOT / "tests")]
-        with start([sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{WORK}"]) as process:
+        patch.chdir(tmp_path_factory.mktemp("device"))
+        make_folder(Path())
+        with start([sys.executable, "-c", WORK]) as process:
             for script in (grpo, ppo):
-                patch.setattr(script, "reward", variety)
-                train(script, "here")
+                patch.setattr(script, "reward", script.reward)  # `train` changes it
+                train(script, "cpu")
             yield json.loads(finish(process).splitlines()[-1])
 
 
-def test_the_device_refuses_what_cuda_refuses_and_nothing_else(told):
-    assert told["device"] == told["name"]
-    assert told["refused"] == [*REFUSED]
-
-
-@both
-def test_a_run_there_learns_what_one_on_the_cpu_learns(told, script):
-    there, here = (leaves(saved(f"{script.__name__}_{name}")) for name in ("there", "here"))
-    assert there.keys() == here.keys()
-    gaps = {name: (there[name] - x).abs().max().item() for name, x in here.items() if isinstance(x, torch.Tensor)}
-    print(f"\n{script.__name__}: largest difference {max(gaps.values()):.1e}")
-    assert max(gaps.values()) < 1e-5, gaps
-    before, after = weights("model"), weights(f"runs/{script.__name__}_here/policy")
-    assert max((value - before[name]).abs().max() for name, value in after.items()) > 1e-3
-    there, here = (leaves(curves(f"{script.__name__}_{name}")) for name in ("there", "here"))
-    assert there == pytest.approx(here, abs=1e-4)
-
-
-def waits_in(code: str, told: dict, script) -> int:
+def waits_in(code: str, found: dict, script) -> int:
     """How often the three lines of the script that begin with this code waited."""
     lines = Path(script.__file__).read_text().splitlines()
     (first,) = [number for number, line in enumerate(lines, start=1) if code in line]
     at = tuple(f"{script.__name__}.py:{first + i} " for i in range(3))
-    return sum(n for line, n in told[script.__name__]["waits"].items() if line.rpartition("< ")[2].startswith(at))
+    return sum(n for line, n in found[script.__name__]["waits"].items() if line.rpartition("< ")[2].startswith(at))
 
 
-@both
-def test_several_completions_shared_a_prompt_there_and_finished_ones_left(told, script):
-    assert told[script.__name__]["sharing"] == [True, True]
-    assert waits_in("kept, self.graph_step = kept.nonzero()", told, script) > 0
+def test_the_device_refuses_what_cuda_refuses_and_nothing_else(found):
+    assert found["refused"] == [*REFUSED]
 
 
-@both
-def test_it_runs_in_bfloat16(told, script):
+@SCRIPTS
+def test_a_run_on_the_device_learns_what_one_on_the_cpu_learns(found, script):
+    """All of its checkpoint and its curves; where prompts were shared, and completions that had ended were dropped."""
+    name = script.__name__
+    on_device, on_cpu = leaves(saved(f"{name}_device")), leaves(saved(f"{name}_cpu"))
+    assert on_device.keys() == on_cpu.keys()
+    gaps = {key: (on_device[key] - x).abs().max().item() for key, x in on_cpu.items() if isinstance(x, torch.Tensor)}
+    assert max(gaps.values()) < 1e-5, gaps
+    before, after = weights("model"), weights(f"runs/{name}_cpu/policy")
+    assert max((value - before[key]).abs().max() for key, value in after.items()) > 1e-3
+    assert leaves(curves(f"{name}_device")) == pytest.approx(leaves(curves(f"{name}_cpu")), abs=1e-4)
+    assert found[name]["sharing"][:2] == [True, True]
+    assert waits_in("kept, self.graph_step = kept.nonzero()", found, script) > 0
+
+
+@SCRIPTS
+def test_a_run_on_the_device_is_in_bfloat16(found, script):
     gaps = [gap for _, gap in curves(f"{script.__name__}_bfloat16")["policy/sampler_gap"]]
     assert len(gaps) == 2
     assert 1e-4 < min(gaps) <= max(gaps) < 0.02
 
 
-@both
-def test_no_token_waits_for_the_device_but_for_one_test_of_the_end_in_several(told, script):
-    """All waits are shown with pytest -s."""
-    counted = told[script.__name__]
-    sampling = Counter({line: n for line, n in counted["waits"].items() if line.endswith(SAMPLING)})
-    print(f"\n{script.__name__}: {sampling.total()} waits in sampling, to sample {counted['tokens']} times")
-    print("\n".join(f"{number:6} {line}" for line, number in sampling.most_common()))
-    assert max(sampling.values()) < counted["tokens"] / 3
-    assert waits_in("output = self.policy(tokens[:, None]", told, script) == 0
-    assert 0 < waits_in("num_kept = int(", told, script) <= counted["tokens"] / script.STOP_TEST_EVERY
+@SCRIPTS
+def test_no_token_waits_for_the_device_but_for_one_test_of_the_end_in_several(found, script):
+    waits, tokens = found[script.__name__]["waits"], found[script.__name__]["tokens"]
+    sampling = {line: n for line, n in waits.items() if line.endswith(SAMPLING)}
+    assert max(sampling.values()) < tokens / 3, sampling
+    assert waits_in("output = self.policy(tokens[:, None]", found, script) == 0
+    assert 0 < waits_in("num_kept = int(", found, script) <= tokens / script.STOP_TEST_EVERY

@@ -2,19 +2,16 @@
 """A device for tests, "second": its tensors lie in the memory of the CPU and are computed there, and it refuses what
 CUDA refuses. `use` registers it with torch, as the accelerator of the process: one per process.
 
-As on CUDA, an operation takes all its tensors from one device, except that
-    - a 0-dim tensor of the CPU counts as a number in pointwise operations,
-    - indices of the CPU may index a tensor of the device,
-    - copies, such as x.to(device), x.cpu() and x.copy_(y), go between devices.
-What the host reads makes it wait for the device, and so does every copy from or to it that is not non_blocking, as in
+As on CUDA, an operation takes all its tensors from one device, but a 0-dim tensor of the CPU counts as a number in
+pointwise operations, indices of the CPU may index a tensor of the device, and copies go between devices. What the host
+reads makes it wait for the device, and so does a copy from or to it that is not non_blocking, as in
 torch.cuda.set_sync_debug_mode. `waits` counts this by the line that asked.
 
 Where there is a GPU, the tests run on CUDA instead, and `waits` counts what torch warns of. There, on an H100, CUDA
 refused and allowed the same, and waited as often in sampling.
 
 `fallback` gets every operation that torch does not compose of others, below autograd and autocast. The storage of a
-tensor is one of the device, over host memory, so views, autograd and the sharing of weights are torch's own. Of the
-operations of autocast, only what language models use is here.
+tensor is one of the device, over host memory, so views, autograd and the sharing of weights are torch's own.
 """
 
 import sys
@@ -31,47 +28,41 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 NAME, SCRIPTS = "cuda" if torch.cuda.is_available() else "second", ("grpo.py", "ppo.py")
 BETWEEN = str(Path(torch.__file__).parent), warnings.__file__, __file__  # what lies between a wait and who asked
-CPU, AUTOCAST = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, x)) for x in ("CPU", "AutocastPrivateUse1"))
-# CUDA's autocast computes these in the lower precision, and these in float32.
-LOWER = ("linear", "matmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "einsum", "scaled_dot_product_attention",
-         "convolution", "conv1d", "conv2d")  # fmt: skip
-FLOAT32 = ("exp", "expm1", "log", "log1p", "log2", "reciprocal", "rsqrt", "pow", "softplus", "layer_norm", "logsumexp",
-           "softmax", "log_softmax", "cumsum", "cumprod", "sum", "prod", "linalg_vector_norm", "norm")  # fmt: skip
+CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # The host must know a value, or how large the result is.
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 INDEXING = ("index", "_index_put_impl_")
 SET = torch.ops.aten.set_.source_Storage_storage_offset
-
-LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")  # as long as these are alive
+LIBRARY = torch.library.Library("_", "IMPL")  # what it registers stays as long as it is alive
 
 waits: Counter[str] = Counter()
 
 
 class Module(_DummyBackendModule):
-    """torch.second"""
+    """torch.second; under autocast nothing is cast."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
 
-def here(x: Tensor) -> bool:
+def on_device(x: Tensor) -> bool:
     return not x.is_cpu
 
 
-def over(host: torch.UntypedStorage) -> torch.UntypedStorage:
+def storage_over(host: torch.UntypedStorage) -> torch.UntypedStorage:
     """A storage of the device over the memory of one of the CPU."""
     storage = torch._C._construct_storage_from_data_pointer(host.data_ptr(), torch.device(NAME, 0), host.nbytes())
     storage.host = host  # lives as long as the storage
     return storage
 
 
-def put(x: Tensor, into: Tensor | None = None) -> Tensor:
+def tensor_of_device(x: Tensor, into: Tensor | None = None) -> Tensor:
     """A tensor of the device over the memory of a tensor of the CPU."""
     into = torch._C._acc.create_empty_tensor([0], x.dtype) if into is None else into
-    return SET.redispatch(CPU, into, over(x.untyped_storage()), x.storage_offset(), x.shape, x.stride())
+    return SET.redispatch(CPU, into, storage_over(x.untyped_storage()), x.storage_offset(), x.shape, x.stride())
 
 
-def seen(x: Tensor) -> Tensor:
+def tensor_of_host(x: Tensor) -> Tensor:
     """A tensor of the CPU over the memory of a tensor of the device."""
     return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage().host, x.storage_offset(), x.shape, x.stride())
 
@@ -112,9 +103,9 @@ def about(op: OpOverload) -> tuple[str, dict[str, str], set[str]]:
 
 def copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """Between the devices, or within this one."""
-    if not non_blocking and here(source) != here(target) and source.numel():
-        wait("copy to the device" if here(target) else "copy to the CPU")
-    source, written = (seen(x) if here(x) else x for x in (source, target))
+    if not non_blocking and on_device(source) != on_device(target) and source.numel():
+        wait("copy to the device" if on_device(target) else "copy to the CPU")
+    source, written = (tensor_of_host(x) if on_device(x) else x for x in (source, target))
     written.copy_(source)
     return target
 
@@ -126,48 +117,36 @@ def fallback(op: OpOverload, *args: object, **kwargs: object) -> object:
     name, types, numbers = about(op)
     if name == "_copy_from":
         return copy(*args)
-    given, lent = dict(zip(types, args, strict=False)) | kwargs, {}
+    given, originals = dict(zip(types, args, strict=False)) | kwargs, {}
     devices = lambda: {key: [str(x.device) for x in tensors(value)] for key, value in given.items() if tensors(value)}
     reads = name in READS or (op is torch.ops.aten.repeat_interleave.Tensor and given.get("output_size") is None)
-    if name == "_index_put_impl_":  # moves indices here, and looks for the places of a mask where it has many values
+    if name == "_index_put_impl_":  # moves indices, and looks for the places of a mask where it has many values
         indices = tensors(given["indices"])
         masked = given["values"].numel() > 1 and any(x.dtype == torch.bool for x in indices)
-        reads = masked or not all(map(here, indices))
+        reads = masked or not all(map(on_device, indices))
     if reads:
         wait(name)
 
-    def lend(argument: str, x: Tensor) -> Tensor:
-        if not here(x):
+    def host_tensor(argument: str, x: Tensor) -> Tensor:
+        if not on_device(x):
             if (x.dim() == 0 and argument in numbers) or (name in INDEXING and argument == "indices"):
                 return x
             raise RuntimeError(f"{op}: expected all tensors to be on the same device, but found {devices()}")
-        host = seen(x)
-        lent[id(host)] = host, x
+        host = tensor_of_host(x)
+        originals[id(host)] = host, x
         return host
 
-    given = {key: each(lambda x, key=key: lend(key, x), value) for key, value in given.items()}
+    given = {key: each(lambda x, key=key: host_tensor(key, x), value) for key, value in given.items()}
     if "device" in given:
         given["device"] = torch.device("cpu")
     for key, value in given.items():
         if types[key] == "Tensor" and not isinstance(value, Tensor):  # a number that torch had made a tensor
-            given[key] = torch.tensor(value, dtype=torch.result_type(next(iter(lent.values()))[0], value))
+            given[key] = torch.tensor(value, dtype=torch.result_type(next(iter(originals.values()))[0], value))
     result = op(**given)
-    for host, x in lent.values():
+    for host, x in originals.values():
         if host.shape != x.shape:  # an empty out=
-            put(host, x)
-    return each(lambda x: lent[id(x)][1] if id(x) in lent else put(x), result)
-
-
-def autocast(op: OpOverload, lower: bool) -> Callable:
-    """The operation with its tensors in the precision of autocast."""
-
-    def kernel(*args: object, **kwargs: object) -> object:
-        dtype = torch.get_autocast_dtype(NAME) if lower else torch.float32
-        cast = lambda x: x.to(dtype) if here(x) and x.is_floating_point() and x.dtype != torch.float64 else x
-        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
-            return op(*each(cast, args), **{key: each(cast, x) for key, x in kwargs.items()})
-
-    return kernel
+            tensor_of_device(host, x)
+    return each(lambda x: originals[id(x)][1] if id(x) in originals else tensor_of_device(x), result)
 
 
 def use() -> None:
@@ -180,12 +159,7 @@ def use() -> None:
         return
     _setup_privateuseone_for_python_backend(NAME, Module())
     clone = torch.UntypedStorage.clone  # copy.deepcopy needs it
-    torch.UntypedStorage.clone = lambda self: over(clone(self.host)) if self.device.type == NAME else clone(self)
-    everything, aten = LIBRARIES
-    everything.fallback(fallback, "PrivateUse1")
-    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    for packet in (getattr(torch.ops.aten, name) for name in LOWER + FLOAT32):
-        for op in (getattr(packet, name) for name in packet.overloads()):
-            if not any(a.is_out or a.type.kind() == "StringType" for a in op._schema.arguments):
-                aten.impl(op, autocast(op, packet.__name__ in LOWER), "AutocastPrivateUse1")
+    torch.UntypedStorage.clone = lambda x: storage_over(clone(x.host)) if x.device.type == NAME else clone(x)
+    LIBRARY.fallback(fallback, "PrivateUse1")
+    LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     torch.accelerator.synchronize = lambda *_: None  # the device is never behind

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Random tiny models of real families, and prompts for them: nothing is downloaded."""
+"""Random tiny models of real families, and batches for them: nothing is downloaded."""
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+import grpo
+import ppo
+from ppo import ValueModel
 
 VOCAB = 61
 BASE = dict(
@@ -39,34 +44,55 @@ NOT_SHARING = {
         mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, lm_head_multiplier=0.5,
     ),
 }
+PROMPTS = [[5, 0, 7, 8, 9, 0, 0], [4, 3, 2], [0]]  # ragged, with the padding's 0 inside and last, as in a chat
+ENDS = torch.arange(0, VOCAB, 6)  # many end tokens, of which the padding's 0 is one: rows end at different times
 
 
-def make_model(family: str, dtype: torch.dtype = torch.float64, **special) -> torch.nn.Module:
+def make_model(family: str, dtype: torch.dtype = torch.float64, **special) -> nn.Module:
     """A model whose weights are large enough for its predictions to differ from token to token."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(BASE | special))).to(dtype).eval()
+    config = AutoConfig.for_model(family, **BASE | (SHARING | NOT_SHARING).get(family, {}) | special)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3)
     return model
 
 
-def make_batch(seed: int = 0, num_prompts: int = 3, group_size: int = 4, width: int = 7) -> tuple[torch.Tensor, ...]:
-    """prompt_ids, prompt_mask, completion_ids, completion_mask with ragged lengths; the padding holds real ids."""
-    generator = torch.Generator().manual_seed(seed)
-    num_rows = num_prompts * group_size
+def trained_value_model(policy: nn.Module) -> ValueModel:
+    """One whose head is no longer 0, in the policy's dtype."""
+    value_model = ValueModel(policy).to(policy.dtype)
+    torch.manual_seed(1)
+    for parameter in value_model.head.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return value_model
+
+
+def random_numbers(*shape: int) -> Tensor:
+    """Uniform, in float64, and always the same."""
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def sample(model: nn.Module, group_size=4, max_new_tokens=10, temperature=0.7, script=grpo) -> grpo.Batch | ppo.Batch:
+    """Completions of PROMPTS."""
+    prompts = script.pad_prompts(PROMPTS, torch.device("cpu"))
+    uniforms = random_numbers(len(PROMPTS) * group_size, max_new_tokens)
+    return script.Batch(*prompts, *script.generate_completions(model, *prompts, uniforms, temperature, ENDS))
+
+
+def batch_of(script, num_prompts=3, group_size=4, width=7, seed=0) -> grpo.Batch | ppo.Batch:
+    """Random tokens in prompts and completions of many lengths; the padding holds real ids, too."""
+    generator, num_rows = torch.Generator().manual_seed(seed), num_prompts * group_size
     prompt_lengths = torch.randint(1, 6, (num_prompts, 1), generator=generator)
     lengths = torch.randint(1, width + 1, (num_rows, 1), generator=generator)
-    prompt_mask = torch.arange(5) >= 5 - prompt_lengths
-    completion_mask = torch.arange(width) < lengths
     prompt_ids = torch.randint(2, VOCAB, (num_prompts, 5), generator=generator)
     completion_ids = torch.randint(2, VOCAB, (num_rows, width), generator=generator)
-    return prompt_ids, prompt_mask, completion_ids, completion_mask
+    masks = torch.arange(5) >= 5 - prompt_lengths, torch.arange(width) < lengths
+    return script.Batch(prompt_ids, masks[0], completion_ids, masks[1], torch.zeros(masks[1].shape))
 
 
-def batch_of(script, num_prompts: int = 3, group_size: int = 4, width: int = 7, seed: int = 0):
-    """The same as a `Batch` of the script."""
-    tensors = make_batch(seed, num_prompts, group_size, width)
-    return script.Batch(*tensors, torch.zeros(tensors[-1].shape, dtype=torch.float64))
+def tokens_of(ids: Tensor, mask: Tensor) -> list[list]:
+    """Row by row, without the padding."""
+    return [row[counted].tolist() for row, counted in zip(ids, mask, strict=True)]
 
 
 def with_copies(batch):
@@ -75,8 +101,8 @@ def with_copies(batch):
     return batch._replace(prompt_ids=batch.prompt_ids[prompts], prompt_mask=batch.prompt_mask[prompts])
 
 
-def in_parts(script, score, batch, size: int, share_prompt: bool) -> torch.Tensor:
+def in_parts(script, score, batch, size: int, share_prompt: bool) -> Tensor:
     """What `score` gives for the batch in parts of `size` completions, (N, T)."""
     indices, width = torch.arange(len(batch.completion_ids)).split(size), batch.completion_ids.shape[1]
     parts = [score(script.take_completions(batch, index, share_prompt)) for index in indices]
-    return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in parts])
+    return torch.cat([nn.functional.pad(x, (0, width - x.shape[1])) for x in parts])
