@@ -68,7 +68,7 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
     ("a rendered chat template is tokenised again, with a second BOS", "grpo.py", "encode_prompt",
      "return tokenizer.apply_chat_template(",
      "return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids; tokenizer.apply_chat_template(",
-     "tests/test_data_and_models.py::test_a_prompt_has_exactly_one_bos"),
+     "tests/test_data_and_models.py::test_a_prompt_has_one_bos_and_asks_for_the_assistant_or_continues_it"),
     ("completions are decoded and encoded again before they are trained", "{}.py", "train",
      "own_problems = [",
      "for i, n in enumerate(own_mask.sum(1)):\n"
