@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard import _fully_shard
-from transformers import AutoModelForCausalLM
 
 import grpo
 import ppo
@@ -25,23 +24,22 @@ from tools import sweep_families
 
 pytestmark = pytest.mark.slow
 
-SEVERAL = dict(micro_batch_tokens=30)  # less than a group takes
-CASES = {  # name: (script, folder of the model, arguments)
-    "several": ("both", "model", SEVERAL),
-    "minibatches": ("both", "model", dict(num_minibatches=2, num_prompts=12, kl_placement="reward", beta=1.0)),
-    "one_micro_batch": ("both", "model", {}),
-    "alone": ("both", "model", dict(micro_batch_tokens=1, share_prompt=False)),
-    "token": ("both", "model", SEVERAL | dict(loss_average="token", gradient_checkpointing=True)),
-    "constant": ("both", "gpt2", SEVERAL | dict(loss_average="constant")),
-    "few_teach": ("grpo", "model", SEVERAL | dict(beta=0.0, group_size=2)),
-    "none_teaches": ("grpo", "model", SEVERAL | dict(beta=0.0, max_new_tokens=1)),
-    "no_kl": ("ppo", "model", SEVERAL | dict(beta=0.0)),
+COMMON = SMALL | dict(
+    num_prompts=6, group_size=4, micro_batch_tokens=30, update_epochs=2, num_minibatches=1, eval_data="held_out.jsonl"
+)  # fmt: skip
+TRAIN = COMMON | dict(num_steps=3, eval_every=3)
+OWN = {grpo: dict(ref_refresh_every=2), ppo: dict(value_warmup_steps=1, adaptive_kl_target=0.01)}
+CASES = {  # several micro-batches a process, where not even one group fits into one
+    "several": {},
+    "minibatches": dict(micro_batch_tokens=40, num_minibatches=2, num_prompts=12, kl_placement="reward", beta=1.0),
+    "token": dict(micro_batch_tokens=1, share_prompt=False, loss_average="token", gradient_checkpointing=True),
+    "constant": dict(model="gpt2", loss_average="constant"),
+}
+CASES = {
+    grpo: CASES | dict(few_teach=dict(beta=0.0, group_size=2), none_teaches=dict(beta=0.0, max_new_tokens=1)),
+    ppo: CASES | dict(no_kl=dict(beta=0.0)),
 }
 OF_THREE = ["several", "minibatches"]  # the cases that three processes try, too
-COMMON = SMALL | dict(num_prompts=6, group_size=4, micro_batch_tokens=40, update_epochs=2, num_minibatches=1)
-COMMON |= dict(eval_data="held_out.jsonl")
-TRAIN = COMMON | dict(eval_every=2)
-OWN = {grpo: dict(ref_refresh_every=2), ppo: dict(value_warmup_steps=1, adaptive_kl_target=0.01)}
 
 
 class Enough(Exception):
@@ -57,31 +55,31 @@ def work(number: int) -> None:
     """All that one, two and three processes must do alike, in one launch.
 
     gradients    one step of every case, up to the first update of the policy, whose gradient is written down
-    together     4 steps
+    together     3 steps
     half         2 steps, with which another number of processes goes on
-    unnamed      a run without a name; two processes write down what it returns
+    unnamed      a run without a name; each process writes down what it returns
     """
     torch.set_num_threads(1)
     _fully_shard._init_default_mesh = None  # with a GPU it would be that of CUDA, whatever --device says
     for module in (grpo, ppo):
-        module.reward, update = some_pay, module.optimizer_step
-        for name, (only, model, choices) in CASES.items():
-            if only in (module.__name__, "both") and (number < 3 or name in OF_THREE):
+        module.reward, update, script = some_pay, module.optimizer_step, module.__name__
+        for name, choices in CASES[module].items():
+            if number < 3 or name in OF_THREE:
                 own = dict(value_warmup_steps=0) if module is ppo else {}
-                args = COMMON | dict(model=model, run_name=f"{module.__name__}_{name}_{number}") | own | choices
                 module.optimizer_step, gradients = recorder(module)
                 with contextlib.suppress(Enough):
-                    module.train(module.Args(**args))
+                    module.train(module.Args(**COMMON | own | choices, run_name=f"{script}_{name}_{number}"))
                 if module.world()[0] == 0:
-                    torch.save(gradients, f"{module.__name__}_{name}_{number}.pt")
+                    torch.save(gradients, f"{script}_{name}_{number}.pt")
         module.optimizer_step = update
         args = TRAIN | OWN[module]
-        for name, steps in (("together", 4), ("half", 2))[: 2 if number < 3 else 1]:
-            module.train(module.Args(**args | dict(run_name=f"{module.__name__}_{name}_{number}", num_steps=steps)))
+        module.train(module.Args(**args, run_name=f"{script}_together_{number}"))
+        if number < 3:
+            module.train(module.Args(**args | dict(num_steps=2), run_name=f"{script}_half_{number}"))
         if number == 2:
-            module.train(module.Args(**args, run_name=f"{module.__name__}_half_1", resume="auto"))
+            module.train(module.Args(**args, run_name=f"{script}_half_1", resume="auto"))
             folder = module.train(module.Args(**COMMON | dict(num_steps=1)))
-            Path(f"{module.__name__}_unnamed_{module.world()[0]}").write_text(str(folder))
+            Path(f"{script}_unnamed_{module.world()[0]}").write_text(str(folder))
 
 
 def recorder(module) -> tuple:
@@ -111,10 +109,10 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         make_folder(folder, "gpt2")
-        (folder / "model").rename("gpt2")
+        Path("model").rename("gpt2")
         make_folder(folder)
-        held_out = (folder / "data.jsonl").read_text().splitlines(keepends=True)[:25]  # one more than in a batch
-        (folder / "held_out.jsonl").write_text("".join(held_out))
+        held_out = Path("data.jsonl").read_text().splitlines(keepends=True)[:25]  # one more than in a batch
+        Path("held_out.jsonl").write_text("".join(held_out))
         for module in (grpo, ppo):
             for name in ("reward", "optimizer_step"):
                 patch.setattr(module, name, getattr(module, name))  # `work` changes them
@@ -136,30 +134,30 @@ def in_trained(trained, monkeypatch):
     monkeypatch.chdir(trained)
 
 
-both = pytest.mark.parametrize("name", ["grpo", "ppo"])
-all_cases = [(number, name, case) for case, (only, *_) in CASES.items() for name in ("grpo", "ppo") for number in (2, 3)
-             if only in (name, "both") and (number == 2 or case in OF_THREE)]  # fmt: skip
+both = pytest.mark.parametrize("script", ["grpo", "ppo"])
+all_cases = [(number, module.__name__, case) for module in (grpo, ppo) for number in (2, 3)
+             for case in (CASES[module] if number == 2 else OF_THREE)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("number", "name", "case"), all_cases)
-def test_the_gradient_is_that_of_one_process(in_trained, number, name, case):
-    one, all_of_them = (torch.load(f"{name}_{case}_{n}.pt", weights_only=True) for n in (1, number))
+@pytest.mark.parametrize(("number", "script", "case"), all_cases)
+def test_the_gradient_is_that_of_one_process(in_trained, number, script, case):
+    one, all_of_them = (torch.load(f"{script}_{case}_{n}.pt", weights_only=True) for n in (1, number))
     assert one.keys() == all_of_them.keys()
     largest = max(gradient.abs().max() for gradient in one.values())
     assert largest == 0 if case == "none_teaches" else largest > 1e-3
-    for parameter, gradient in one.items():
-        torch.testing.assert_close(all_of_them[parameter], gradient, rtol=1e-5, atol=1e-5 * float(largest))
+    for name, gradient in one.items():
+        torch.testing.assert_close(all_of_them[name], gradient, rtol=1e-5, atol=1e-5 * float(largest))
 
 
 @both
 @pytest.mark.parametrize("run", ["together_2", "together_3", "half_1", "half_2"])
-def test_training_goes_as_in_one_process_also_where_another_number_goes_on(in_trained, name, run):
-    first, second = f"{name}_together_1", f"{name}_{run}"
+def test_training_goes_as_in_one_process_also_where_another_number_goes_on(in_trained, script, run):
+    first, second = f"{script}_together_1", f"{script}_{run}"
     before, one, two = weights("model"), weights(f"runs/{first}/policy"), weights(f"runs/{second}/policy")
-    for parameter, value in one.items():
-        assert (value - before[parameter]).abs().max() > 1e-3, parameter
+    for name, value in one.items():
+        assert (value - before[name]).abs().max() > 1e-3, name
         # Where a gradient is 0 but for rounding, AdamW's step is its sign.
-        assert ((two[parameter] - value).abs() > 1e-5).float().mean() < 0.02, parameter
+        assert ((two[name] - value).abs() > 1e-5).float().mean() < 0.02, name
     one, two = curves(first), curves(second)
     assert one.keys() == two.keys()
     for tag, points in one.items():
@@ -168,22 +166,16 @@ def test_training_goes_as_in_one_process_also_where_another_number_goes_on(in_tr
 
 
 @both
-def test_it_is_logged_evaluated_and_saved_once(in_trained, name):
-    run_name = f"{name}_together_2"
-    assert len(list(Path(f"runs/{run_name}").glob("events*"))) == 1
-    assert [step for step, _ in curves(run_name)["reward/mean"]] == [0, 1, 2, 3]
-    assert [step for step, _ in curves(run_name)["eval/greedy"]] == [0, 2, 4]
-    assert saved(run_name)["step"] == 4
-    config = json.loads(Path(f"runs/{run_name}/policy/config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    files = {path.name for path in Path(f"runs/{name}_together_1/policy").iterdir()}
-    assert {path.name for path in Path(f"runs/{run_name}/policy").iterdir()} == files
-
-
-@both
-def test_all_processes_know_the_name_of_the_run(in_trained, name):
+def test_it_is_logged_evaluated_and_saved_once_in_a_folder_that_all_know(in_trained, script):
     """A run without a name was trained by two processes: in one, `train` returned a folder that is not there."""
-    first, second = (Path(f"{name}_unnamed_{rank}").read_text() for rank in (0, 1))
+    one, two = (Path(f"runs/{script}_together_{number}") for number in (1, 2))
+    assert len([*two.glob("events*")]) == 1
+    assert [step for step, _ in curves(two.name)["reward/mean"]] == [0, 1, 2]
+    assert [step for step, _ in curves(two.name)["eval/greedy"]] == [0, 3]
+    assert saved(two.name)["step"] == 3
+    assert json.loads((two / "policy/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert {path.name for path in (two / "policy").iterdir()} == {path.name for path in (one / "policy").iterdir()}
+    first, second = (Path(f"{script}_unnamed_{rank}").read_text() for rank in (0, 1))
     assert first == second
     assert Path(first, "model.safetensors").exists()
 
@@ -192,10 +184,9 @@ def test_all_processes_know_the_name_of_the_run(in_trained, name):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> None:
     make_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def assert_refused_once(started: list[Forked]) -> str:
@@ -210,16 +201,12 @@ def assert_refused_once(started: list[Forked]) -> str:
 def test_processes_that_were_given_different_things_are_refused(folder):
     """Two hosts had different files under one name: each process scored the other's completions behind its own
     prompts."""
-    shutil.copytree(folder, "other")
-    with contextlib.chdir("other"):
-        data, model = Path("data.jsonl"), AutoModelForCausalLM.from_pretrained("model")
-        data.write_text(data.read_text().replace('"prompt": "', '"prompt": "1'))
-        model.lm_head.weight.data += 0.01
-        model.save_pretrained("model")
-    there = command("grpo", "os.chdir('other')", run_name="a", temperature=0.5)
+    shutil.copytree("model", "other/model")
+    Path("other/data.jsonl").write_text(Path("data.jsonl").read_text().replace('"prompt": "', '"prompt": "1'))
+    there = command("grpo", "os.chdir('other')", run_name="a", model="./model", temperature=0.5)
     sentence = assert_refused_once(processes(command("grpo", run_name="a"), there))
-    hashes = "hash of the held-out problems, hash of the model, hash of the problems"
-    assert f"the processes do not agree on: {hashes}, temperature" in sentence
+    names = "hash of the held-out problems, hash of the problems, model, temperature"
+    assert f"the processes do not agree on: {names}" in sentence
     assert not [*Path().rglob("checkpoint.pt")]
 
 

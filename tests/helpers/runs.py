@@ -105,6 +105,7 @@ class Forked(multiprocessing.context.ForkServerProcess):
         self.start()
 
     def run(self) -> None:
+        multiprocessing.set_start_method("fork", force=True)  # as in any other process
         os.chdir(self.folder)
         os.environ.update(self.environment)
         for stream in (1, 2):
