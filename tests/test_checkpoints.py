@@ -15,13 +15,11 @@ import resource
 import shutil
 import signal
 import struct
-import threading
 import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 import ppo
-from helpers.runs import SMALL, Forked, assert_same, assert_same_run, command, curves, make_folder, saved, wait_until
+from helpers.runs import SMALL, Forked, assert_same, assert_same_run, command, curves, finish, make_folder, saved
 
 CHECKPOINT, ASIDE, HALF = map(Path, ("runs/a/checkpoint.pt", "runs/a/checkpoint.aside", "runs/half/checkpoint.pt"))
 
@@ -83,10 +81,6 @@ def run(script, capsys) -> Callable[..., str]:
     return run
 
 
-def steps_of(curve: str) -> list[int]:
-    return [step for step, _ in curves("a")[curve]]
-
-
 def evaluated() -> Counter:
     """How many completions of each step are kept; an evaluation has 5 + 5."""
     lines = Path("runs/a/completions.jsonl").read_text().splitlines()
@@ -110,35 +104,23 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, run):
     again = command(script.__name__, run_name="a", resume="auto", **args)
     for kill in range(kills):
         with Forked(again) as process:
-            wait_until(Path("runs/a").exists)
+            process.wait_until(Path("runs/a").exists)
             for _ in range(moments.randint(1, 2) if kill else 0):  # the first one before there is a checkpoint
                 before = time_of_save()
-                wait_until(lambda: time_of_save() != before)  # noqa: B023
+                process.wait_until(lambda: time_of_save() != before)  # noqa: B023
             if kill % 3 == 0:
                 time.sleep(moments.uniform(0, 0.1))
             elif kill % 3 == 1:  # inside a save, while the file is being written
-                wait_until(ASIDE.exists)
+                process.wait_until(ASIDE.exists)
                 time.sleep(moments.choice([0, 0, 0.001]))
             process.kill()  # kill % 3 == 2: inside a save, while policy/ is being written
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
             inside += ASIDE.exists()
-    run(resume="auto", **args)
+    finish(Forked(again))
     assert inside, f"no kill of seed {seed} came inside a save"
     assert_same_run("never_killed", "a")
-    assert steps_of("reward/mean") == [*range(args["num_steps"])]
+    assert [step for step, _ in curves("a")["reward/mean"]] == [*range(args["num_steps"])]
     assert set(evaluated().values()) == {10}
     assert not ASIDE.exists(), "what a killed save leaves behind is written over"
-
-
-def test_the_points_of_a_step_are_on_disk_before_its_checkpoint(run, monkeypatch):
-    append, save, on_disk = LocalFileSystem.append, torch.save, []
-    # TensorBoard writes in a thread of its own, which falls behind here.
-    monkeypatch.setattr(LocalFileSystem, "append", lambda *args, **more: time.sleep(0.005) or append(*args, **more))
-    monkeypatch.setattr(torch, "save", lambda *args, **how: on_disk.append(curves("a")) or save(*args, **how))
-    run(num_steps=3, save_every=1, eval_every=0)
-    assert [len(points.get("reward/mean", [])) for points in on_disk] == [0, 1, 2, 3]
-    assert on_disk[-1] == curves("a")
 
 
 # ----- Exact resume -----
@@ -182,7 +164,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(run):
     shutil.copytree("runs/whole", "runs/a")
     run(resume="auto", eval_every=1)
     assert_same_run("whole", "a")
-    assert steps_of("eval/greedy") == [0, 2, 4]
+    assert [step for step, _ in curves("a")["eval/greedy"]] == [0, 2, 4]
     assert evaluated() == {0: 10, 2: 10, 4: 10}
 
 
@@ -192,12 +174,13 @@ def test_a_run_that_was_interrupted_after_an_evaluation_writes_it_once(script, r
     monkeypatch.setattr(script, "reward", good_rewards_until(10 + 8 + 10 + 3, KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         script.train(arguments(script, eval_every=1, save_every=4))
+    assert saved("a")["step"] == 0
     assert evaluated() == {0: 10, 1: 10}
     with Path("runs/a/completions.jsonl").open("a") as file:
         file.write('{"step": 0, "ki')  # a kill may cut a line
     run(resume="auto", eval_every=1)
     assert evaluated() == dict.fromkeys(range(5), 10)
-    assert steps_of("eval/greedy") == [0, 1, 2, 3, 4]
+    assert [step for step, _ in curves("a")["eval/greedy"]] == [0, 1, 2, 3, 4]
     assert_same(saved("whole"), saved("a"))
 
 
@@ -230,7 +213,7 @@ def test_a_run_goes_on_although_the_chat_template_writes_the_date(run, monkeypat
     tokenizer.chat_template = "{{ strftime_now('%d') }}+{{ messages[0].content }}"
     tokenizer.save_pretrained("model")
     for day in (1, 2):
-        clock = SimpleNamespace(now=partial(datetime, 2025, 1, day))
+        clock = SimpleNamespace(now=lambda day=day: datetime(2025, 1, day))
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
         assert f"step {day - 1} of {day}, in runs/a" in run(num_steps=day, resume="auto")
 
@@ -266,13 +249,17 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(script, ru
     assert "other arguments: hash of the model was " in run(2, **half)
 
 
-def test_a_run_is_not_written_over(script, run, monkeypatch):
+def test_a_run_is_neither_written_over_nor_begun_beyond_its_last_step(script, run, monkeypatch):
+    """--num-steps counts from the beginning, also in a run that begins with a checkpoint: a model was promised that
+    was never written."""
     monkeypatch.setattr(script, "next_problems", None)  # whoever trains fails
     files = lambda: {path: path.is_file() and path.read_bytes() for path in Path("runs").rglob("*")}
     before = files()
     for resume in (None, str(HALF)):
         said = run(2, run_name="half", resume=resume)
         assert "cannot write the run to runs/half (to resume a run: --resume auto): " in said
+    for args in (dict(resume=str(HALF)), dict(resume="auto", run_name="half")):
+        assert "it is at step 2, beyond --num-steps 1" in run(2, num_steps=1, **args)
     assert files() == before
     shutil.rmtree("runs")
     Path("runs").touch()
@@ -285,27 +272,16 @@ def test_runs_without_a_name_never_collide(run):
     assert len([*Path("runs").iterdir()]) == 4
 
 
-def test_no_checkpoint_beyond_the_last_step_begins_a_run(run):
-    """--num-steps counts from the beginning, also in a run that begins with a checkpoint: a model was promised that
-    was never written."""
-    for args in (dict(resume=str(HALF)), dict(resume="auto", run_name="half")):
-        assert "it is at step 2, beyond --num-steps 1" in run(2, num_steps=1, **args)
-    assert not Path("runs/a").exists()
-    assert saved("half")["step"] == 2
-
-
 @pytest.mark.slow
 def test_two_processes_do_not_resume_one_run_at_the_same_time(script, run):
     slow = "script.reward = lambda completion, problem: time.sleep(0.01) or len(set(completion)) / 10"
     warmup = dict(value_warmup_steps=0) if script is ppo else {}
     again = command(script.__name__, slow, run_name="half", num_steps=1000, resume="auto", **warmup)
     with Forked(again) as process:
-        wait_until(lambda: "in runs/half" in process.output.read_text())
+        process.wait_until_it_says("in runs/half")
         said = run(2, run_name="half", resume="auto")
         assert "runs/half (to resume a run: --resume auto): another process is training in it" in said
-        process.kill()
-        process.join()
-        run(run_name="half", num_steps=3, resume="auto")  # a kill opens the lock
+    run(run_name="half", num_steps=3, resume="auto")  # a kill opens the lock
 
 
 # ----- SIGTERM and SIGINT (see also test_training.py) -----
@@ -318,7 +294,7 @@ def test_a_second_signal_leaves_at_once(script, number):
     step_of_minutes = "script.reward = lambda *texts: print('rewarding', flush=True) or time.sleep(60)"
     with Forked(command("grpo", step_of_minutes, run_name="a")) as process:
         for text in ("rewarding", "finishing this step, then saving; a second signal exits at once"):
-            wait_until(lambda: text in process.output.read_text())  # noqa: B023
+            process.wait_until_it_says(text)
             assert process.is_alive()
             os.kill(process.pid, number)
         process.join(20)
@@ -342,7 +318,7 @@ def full_disk(size: int) -> Iterator[Callable[[int], None]]:
 
 
 def test_a_full_disk_at_the_last_save_keeps_the_checkpoint_before(script, run):
-    before, stop = HALF.read_bytes(), threading.Event()
+    before = HALF.read_bytes()
     for size in (50_000, 250_000):
         assert size < len(before)
         with full_disk(size):
@@ -351,9 +327,8 @@ def test_a_full_disk_at_the_last_save_keeps_the_checkpoint_before(script, run):
         assert not HALF.with_suffix(".aside").exists(), "half of a file would only fill the disk"
     run(run_name="half", resume="auto")
     assert_same_run("whole", "half")
-    stop.set()
     with full_disk(50_000), pytest.raises(script.UserError, match=r"^runs/a could not be saved: "):
-        script.train(arguments(script), stop)
+        script.train(arguments(script), SimpleNamespace(is_set=lambda: True))  # a run that is stopped
 
 
 def test_a_full_disk_at_a_save_on_the_way_does_not_end_the_run(script, run, monkeypatch):
@@ -364,7 +339,7 @@ def test_a_full_disk_at_a_save_on_the_way_does_not_end_the_run(script, run, monk
         said = run(save_every=1, eval_every=0)
     assert said.count("runs/a could not be saved: ") == 2  # after two and after three steps
     assert_same(saved("whole"), saved("a"))
-    assert steps_of("reward/mean") == [0, 1, 2, 3]
+    assert [step for step, _ in curves("a")["reward/mean"]] == [0, 1, 2, 3]
     assert not ASIDE.exists()
 
 
@@ -498,10 +473,12 @@ def test_a_wrong_reward_stops_the_run_and_keeps_what_was_learned(script, run, mo
         # An evaluation has 5 + 5 completions, a step 8: before the third step, or in it.
         call = {"evaluation": 3, "training": 10 + 3}[when] + (0 if CHECKPOINT.exists() else 10 + 8 + 8)
         monkeypatch.setattr(script, "reward", good_rewards_until(call, wrong))
+        before = time_of_save()
         with pytest.raises(error, match=says) as raised:
             script.main(arguments(script, resume="auto"))
         shown = [frame.name for frame in raised.traceback] + [type(raised.value.__cause__)]
         assert not isinstance(wrong, type) or "failing" in shown or wrong in shown, wrong
+        assert time_of_save() != before, wrong
         assert saved("a")["step"] == 2, wrong
     monkeypatch.setattr(script, "reward", variety)
     run(resume="auto")

@@ -19,7 +19,7 @@ from torch.distributed.fsdp._fully_shard import _fully_shard
 
 import grpo
 import ppo
-from helpers.runs import SMALL, Forked, command, curves, finish, make_folder, saved, start, wait_until, weights
+from helpers.runs import SMALL, Forked, command, curves, finish, make_folder, saved, start, weights
 from tools import sweep_families
 
 pytestmark = pytest.mark.slow
@@ -235,7 +235,7 @@ def test_a_process_that_waits_for_the_others_says_so_and_can_be_ended(folder):
     for number in (signal.SIGINT, signal.SIGTERM):
         (process,) = processes(run, number=2)
         with process:
-            wait_until(lambda: "waiting for 2 processes at 127.0.0.1:" in process.output.read_text())  # noqa: B023
+            process.wait_until_it_says("waiting for 2 processes at 127.0.0.1:")
             time.sleep(1)
             os.kill(process.pid, number)
             process.join(10)

@@ -88,15 +88,9 @@ def start(command: list[str]) -> Process:
     return Process(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
 
 
-# What takes seconds to import: once, in the process of which those below are forked.
-multiprocessing.set_forkserver_preload([
-    "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.utils.tensorboard", "pytest", "tyro",
-    "tensorboard.backend.event_processing.event_accumulator", "transformers.models.llama.modeling_llama",
-])  # fmt: skip
-
-
-class Forked(multiprocessing.context.ForkServerProcess):
-    """Starts a `command` as `start` does, in half a second; not for torchrun. What it says goes to a file."""
+class Forked(multiprocessing.context.ForkServerProcess, contextlib.AbstractContextManager):
+    """Starts a `command` as `start` does, but for torchrun, in half a second: forked from a process that has imported
+    torch already. What it says goes to a file."""
 
     def __init__(self, command: list[str], **environment: str):
         super().__init__(daemon=True)
@@ -106,25 +100,36 @@ class Forked(multiprocessing.context.ForkServerProcess):
 
     def run(self) -> None:
         multiprocessing.set_start_method("fork", force=True)  # as in any other process
+        torch.set_num_threads(1)
         os.chdir(self.folder)
         os.environ.update(self.environment)
         for stream in (1, 2):
             os.dup2(os.open(self.output, os.O_WRONLY | os.O_APPEND), stream)
-        torch.set_num_threads(1)
         sys.argv = self.command[1:]
         runpy.run_path(sys.argv[0], run_name="__main__")
 
-    def __enter__(self):
-        return self
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 100
+        while not condition():
+            assert time.monotonic() < end, self.output.read_text()
+            time.sleep(0.0005)
 
-    def __exit__(self, *error: object) -> None:
-        self.kill()
+    def wait_until_it_says(self, text: str) -> None:
+        self.wait_until(lambda: text in self.output.read_text())
 
     def communicate(self, timeout: float) -> tuple[str, None]:
         self.join(timeout)
         return self.output.read_text(), None
 
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self.join()
+
     returncode = property(lambda self: self.exitcode)
+
+
+PRELOADED = "pytest", "torch.distributed.fsdp", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"
+multiprocessing.set_forkserver_preload([*PRELOADED])
 
 
 def finish(process: Process | Forked, code: int = 0) -> str:
@@ -133,13 +138,6 @@ def finish(process: Process | Forked, code: int = 0) -> str:
         said, _ = process.communicate(timeout=600)  # a busy machine takes long
     assert process.returncode == code, said
     return said
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 100
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.0005)
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
