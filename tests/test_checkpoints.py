@@ -123,6 +123,16 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, run):
     assert not ASIDE.exists(), "what a killed save leaves behind is written over"
 
 
+def test_the_points_of_a_step_are_on_disk_before_its_checkpoint(run, monkeypatch):
+    append, save, on_disk = LocalFileSystem.append, torch.save, []
+    # TensorBoard writes in a thread of its own, which falls behind here.
+    monkeypatch.setattr(LocalFileSystem, "append", lambda *args, **more: time.sleep(0.005) or append(*args, **more))
+    monkeypatch.setattr(torch, "save", lambda *args, **how: on_disk.append(curves("a")) or save(*args, **how))
+    run(num_steps=3, save_every=1, eval_every=0)
+    assert [len(points.get("reward/mean", [])) for points in on_disk] == [0, 1, 2, 3]
+    assert on_disk[-1] == curves("a")
+
+
 # ----- Exact resume -----
 
 

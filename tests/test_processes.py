@@ -252,6 +252,7 @@ script.timedelta = lambda **time: timedelta(seconds=3) if timedelta(**time) < ti
     assert "cannot join the other processes, which torchrun starts: " in sentence
 
 
+SLOW = "script.reward = lambda completion, problem: time.sleep(0.1) or len(set(completion)) / 10"
 # In the third step, as 8 completions a step are 4 for each process. The first takes its time to save: when one process
 # has left, torchrun kills the others.
 FAILS = """
@@ -272,6 +273,16 @@ def test_a_reward_that_fails_in_one_process_ends_all_when_they_have_saved(folder
     assert ("the reward failed in another process" in other) == (rank == 1)  # process 0 says what all end with
     assert ("SystemExit" if "exit" in fail else "ZeroDivisionError: division by zero") in failed
     assert "gloo" not in other + failed
+
+
+def test_a_signal_to_one_process_lets_all_finish_the_step_and_save(folder):
+    each = command("grpo", SLOW, run_name="a", num_steps=1000)
+    first, second = processes(each, each)
+    first.wait_until(lambda: Path("runs/a").exists() and "reward/mean" in curves("a"))
+    os.kill(second.pid, signal.SIGTERM)
+    said = finish(first) + finish(second)
+    assert said.count("to resume, run the same command with --run-name a --resume auto") == 1
+    assert [step for step, _ in curves("a")["reward/mean"]] == [*range(saved("a")["step"])]
 
 
 def test_when_one_process_is_killed_the_other_does_not_wait_for_ever(folder):
@@ -300,8 +311,7 @@ def test_two_hosts_train_together_until_sigterm_finishes_the_step_and_saves(fold
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    slow = "script.reward = lambda completion, problem: time.sleep(0.3) or len(set(completion)) / 10"
-    run = command("grpo", slow, processes=1, run_name="a", num_steps=1000, eval_every=1000)
+    run = command("grpo", SLOW, processes=1, run_name="a", num_steps=1000, eval_every=1000)
     run[run.index("--standalone")] = f"--rdzv-endpoint={endpoint}"
     run[3:3] = ["--nnodes=2", "--rdzv-backend=c10d"]
     with start(run) as first, start(run) as second:

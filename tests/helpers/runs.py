@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +94,8 @@ class Forked(multiprocessing.context.ForkServerProcess, contextlib.AbstractConte
     def __init__(self, command: list[str], **environment: str):
         super().__init__(daemon=True)
         self.command, self.environment, self.folder = command, environment, os.getcwd()
-        self.output = Path(tempfile.mkstemp(dir=self.folder)[1])
+        self.output = Path(self.folder, f"output_{time.monotonic_ns()}")
+        self.output.touch()
         self.start()
 
     def run(self) -> None:
