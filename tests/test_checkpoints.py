@@ -1,146 +1,159 @@
 # SPDX-License-Identifier: MIT
-"""What can go wrong in a run, done to it: it is killed, its disk is full, its checkpoint is damaged, its reward
-fails, its gradient is not finite. Nothing that was learned and kept may be lost, and a sentence says what happened.
+"""What can go wrong in a run, done to it: it is killed, resumed with something changed, its disk is full, its
+checkpoint damaged, its reward fails, its gradient is not finite. Nothing that was learned and kept may be lost, and a
+sentence says what happened. In the folder of every test are model/, data.jsonl, runs/whole, a run of 4 steps to which
+nothing has happened, and runs/half, the same one stopped after 2; a test's own run is runs/a.
 """
 
 import contextlib
 import itertools
+import json
+import math
 import os
 import random
 import resource
 import shutil
 import signal
-import threading
+import struct
 import time
-import traceback
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import settings
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 import ppo
-from helpers.runs import SMALL, assert_same_run, command, curves, finish, make_folder, saved, start, weights
+from helpers.runs import SMALL, Forked, assert_same, assert_same_run, command, curves, finish, make_folder, saved
 
-CHECKPOINT, ASIDE = Path("runs/a/checkpoint.pt"), Path("runs/a/checkpoint.aside")
-
-
-@pytest.fixture(params=[grpo, pytest.param(ppo, marks=pytest.mark.slow)], ids=["grpo", "ppo"])
-def script(request, monkeypatch, folder):
-    """One of the scripts, in a folder with a model and problems, with a reward that a random model can earn."""
-    monkeypatch.setattr(request.param, "reward", variety)
-    return request.param
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    make_folder(tmp_path)
-    monkeypatch.chdir(tmp_path)
+CHECKPOINT, ASIDE, HALF = map(Path, ("runs/a/checkpoint.pt", "runs/a/checkpoint.aside", "runs/half/checkpoint.pt"))
 
 
 def variety(completion: str, problem: dict) -> float:
+    """A reward that a random model can earn."""
     return len(set(completion)) / 10
 
 
 def arguments(script, **args: object) -> grpo.Args | ppo.Args:
-    return script.Args(**SMALL | dict(run_name="a") | (dict(value_warmup_steps=0) if script is ppo else {}) | args)
+    usual = SMALL | dict(run_name="a", eval_every=2) | (dict(value_warmup_steps=0) if script is ppo else {})
+    return script.Args(**usual | args)
 
 
-def run(script, capsys, code: int = 0, **args: object) -> str:
-    """What `main` says on its way to this exit code."""
-    capsys.readouterr()
-    assert script.main(arguments(script, **args)) == code
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said
+@pytest.fixture(scope="module", params=[grpo, pytest.param(ppo, marks=pytest.mark.slow)], ids=["grpo", "ppo"])
+def prepared(request, tmp_path_factory) -> tuple:
+    """One of the scripts, and a folder with what every test begins with."""
+    script, folder = request.param, tmp_path_factory.mktemp("prepared")
+    make_folder(folder)
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "reward", variety)
+        script.train(arguments(script, run_name="whole"))
+        script.train(arguments(script, run_name="half", num_steps=2))
+    return script, folder
+
+
+@pytest.fixture
+def script(prepared, tmp_path, monkeypatch):
+    script, folder = prepared
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "reward", variety)
+    return script
+
+
+@pytest.fixture
+def run(script, capsys) -> Callable[..., str]:
+    def run(code: int = 0, **args: object) -> str:
+        """What `main` says on its way to this exit code; it is one sentence if it is 2."""
+        capsys.readouterr()
+        assert script.main(arguments(script, **args)) == code, capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.count(f"{script.__name__}.py: ") == (code == 2), said
+        return said
+
+    return run
+
+
+def evaluated() -> Counter:
+    """How many completions of each step are kept; an evaluation has 5 + 5."""
+    lines = Path("runs/a/completions.jsonl").read_text().splitlines()
+    return Counter(json.loads(line)["step"] for line in lines)
 
 
 # ----- SIGKILL at any moment -----
 
-# A supervisor, which starts the run again whenever it was killed. It has imported all already: a new run takes no time.
-SUPERVISOR = """
-import torch.distributed.checkpoint.state_dict, torch.utils.tensorboard, transformers.models.llama.modeling_llama
 
-while child := os.fork():
-    with open("pid_", "w") as file:
-        file.write(str(child))
-    os.replace("pid_", "pid")
-    _, status = os.waitpid(child, 0)
-    if status != signal.SIGKILL:
-        os._exit(os.waitstatus_to_exitcode(status))
-"""
-
-
-def wait_until(condition) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-
-
-def saves() -> int:
-    """Changes with every save."""
+def time_of_save() -> int:
     return CHECKPOINT.stat().st_mtime_ns if CHECKPOINT.exists() else 0
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, capsys):
-    kills, seed = 18, random.randrange(1000)
-    moments, pid, inside = random.Random(seed), "", 0
-    args = dict(num_steps=3 * kills + 2, save_every=1, eval_every=3, beta=0.05)
+def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, run):
+    kills, seed, inside = 10, random.randrange(1000), 0
+    moments = random.Random(seed)
+    args = dict(num_steps=2 * kills + 2, save_every=1, eval_every=3, beta=0.05)
     args |= dict(adaptive_kl_target=0.01, value_warmup_steps=5) if script is ppo else dict(ref_refresh_every=4)
-    run(script, capsys, run_name="whole", **args)
-    with start(command(script.__name__, SUPERVISOR, run_name="a", resume="auto", **args)) as process:
-        for kill in range(kills):
-            wait_until(lambda: Path("pid").exists() and Path("pid").read_text() != pid)  # noqa: B023
-            pid = Path("pid").read_text()
-            for _ in range(moments.randint(1, 3) if kill else 0):  # the first one before there is a checkpoint
-                before = saves()
-                wait_until(lambda: saves() != before)  # noqa: B023
+    run(run_name="never_killed", **args)
+    again = command(script.__name__, run_name="a", resume="auto", **args)
+    for kill in range(kills):
+        with Forked(again) as process:
+            process.wait_until(Path("runs/a").exists)
+            for _ in range(moments.randint(1, 2) if kill else 0):  # the first one before there is a checkpoint
+                before = time_of_save()
+                process.wait_until(lambda: time_of_save() != before)  # noqa: B023
             if kill % 3 == 0:
                 time.sleep(moments.uniform(0, 0.1))
             elif kill % 3 == 1:  # inside a save, while the file is being written
-                wait_until(ASIDE.exists)
+                process.wait_until(ASIDE.exists)
                 time.sleep(moments.choice([0, 0, 0.001]))
-            os.kill(int(pid), signal.SIGKILL)  # kill % 3 == 2: inside a save, while policy/ is being written
-            wait_until(lambda: not Path(f"/proc/{pid}").exists())  # noqa: B023
+            process.kill()  # kill % 3 == 2: inside a save, while policy/ is being written
             inside += ASIDE.exists()
-        finish(process)
+    finish(Forked(again))
     assert inside, f"no kill of seed {seed} came inside a save"
-    assert_same_run("whole", "a")
+    assert_same_run("never_killed", "a")
     assert [step for step, _ in curves("a")["reward/mean"]] == [*range(args["num_steps"])]
+    assert set(evaluated().values()) == {10}
     assert not ASIDE.exists(), "what a killed save leaves behind is written over"
 
 
-def test_the_points_of_a_step_are_on_disk_before_its_checkpoint(script, capsys, monkeypatch):
-    append, save, seen = LocalFileSystem.append, torch.save, []
+def test_the_points_of_a_step_are_on_disk_before_its_checkpoint(run, monkeypatch):
+    append, save, on_disk = LocalFileSystem.append, torch.save, []
     # TensorBoard writes in a thread of its own, which falls behind here.
     monkeypatch.setattr(LocalFileSystem, "append", lambda *args, **more: time.sleep(0.005) or append(*args, **more))
-    monkeypatch.setattr(torch, "save", lambda *args, **how: seen.append(curves("a")) or save(*args, **how))
-    run(script, capsys, num_steps=3, save_every=1)
-    assert [len(points.get("reward/mean", [])) for points in seen] == [0, 1, 2, 3]
-    assert seen[-1] == curves("a")
+    monkeypatch.setattr(torch, "save", lambda *args, **how: on_disk.append(curves("a")) or save(*args, **how))
+    run(num_steps=3, save_every=1, eval_every=0)
+    assert [len(points.get("reward/mean", [])) for points in on_disk] == [0, 1, 2, 3]
+    assert on_disk[-1] == curves("a")
 
 
 # ----- Exact resume -----
 
 
-@pytest.mark.parametrize("kept", [1, 2, 3])
-def test_a_run_can_stop_after_any_step_and_end_with_the_same_bits(script, capsys, kept):
-    # Through the value warm-up, in which the policy's optimizer has no state yet; beta and the reference move.
-    choices = dict(value_warmup_steps=2, adaptive_kl_target=0.01, penalty_kl_target=0.01) if script is ppo else dict(
+def test_a_run_that_stops_after_every_step_ends_with_the_same_bits(script, run):
+    """Through the value warm-up, in which the policy's optimizer has no state yet; beta and the reference move, and the
+    sampler is a copy."""
+    options = dict(dtype="bfloat16", beta=0.05)
+    options |= dict(value_warmup_steps=2, adaptive_kl_target=0.01, penalty_kl_target=0.01) if script is ppo else dict(
         ref_refresh_every=2, update_epochs=2)
-    run(script, capsys, run_name="whole", eval_every=2, beta=0.05, **choices)
-    run(script, capsys, num_steps=kept, eval_every=2, beta=0.05, **choices)
-    assert saved("a")["step"] == kept
-    run(script, capsys, resume="auto", eval_every=2, beta=0.05, **choices)
-    assert_same_run("whole", "a")
-    beta = saved("a")["betas"]
-    assert script is grpo or (beta["ref"] != 0.05 and beta["old"] != 1.0)
+    run(run_name="never_stopped", **options)
+    for n in (1, 2, 3, 4):
+        said = run(num_steps=n, save_every=1, resume="auto", **options)
+        assert f"step {n - 1} of {n}, in runs/a" in said
+        assert ("resuming from runs/a/checkpoint.pt" in said) == (n > 1)
+        assert saved("a")["step"] == n
+    assert_same_run("never_stopped", "a")
+    betas = saved("a")["betas"]
+    assert script is grpo or (betas["ref"] != 0.05 and betas["old"] != 1.0)
 
 
-def test_a_model_with_a_parameter_that_never_has_a_gradient_is_resumed(script, capsys, monkeypatch):
+def test_a_model_with_a_parameter_that_never_has_a_gradient_is_resumed(script, run, monkeypatch):
     load = script.load_policy
 
     def with_unused(*args):
@@ -149,169 +162,219 @@ def test_a_model_with_a_parameter_that_never_has_a_gradient_is_resumed(script, c
         return policy
 
     monkeypatch.setattr(script, "load_policy", with_unused)
-    run(script, capsys, run_name="whole", num_steps=3)
-    run(script, capsys, num_steps=2)
-    run(script, capsys, num_steps=3, resume="auto")
-    first, second = weights("runs/whole/policy"), weights("runs/a/policy")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    run(num_steps=2)
+    run(resume="auto")
+    trained = torch.load(CHECKPOINT, weights_only=True)["policy"][0]
+    del trained["model.unused"]
+    assert_same(saved("whole")["policy"][0], trained)
 
 
-def test_how_often_a_run_is_saved_does_not_change_it(script, capsys):
-    options = dict(value_warmup_steps=2) if script is ppo else {}
-    run(script, capsys, run_name="often", save_every=1, **options)
-    run(script, capsys, run_name="once", save_every=0, **options)
-    assert_same_run("often", "once")
-
-
-def test_a_finished_run_that_is_resumed_stays_as_it_is(script, capsys):
-    run(script, capsys, eval_every=2)
-    shutil.copytree("runs/a", "runs/before")
-    run(script, capsys, eval_every=2, resume="auto")
-    assert_same_run("before", "a")
+def test_a_finished_run_that_is_resumed_stays_as_it_is(run):
+    """With --eval-every 1, its last evaluation stood in completions.jsonl twice."""
+    shutil.copytree("runs/whole", "runs/a")
+    run(resume="auto", eval_every=1)
+    assert_same_run("whole", "a")
     assert [step for step, _ in curves("a")["eval/greedy"]] == [0, 2, 4]
+    assert evaluated() == {0: 10, 2: 10, 4: 10}
 
 
-def test_a_checkpoint_may_begin_another_run(script, capsys):
-    run(script, capsys, run_name="whole")
-    run(script, capsys, num_steps=2)
-    before = CHECKPOINT.read_bytes()
-    assert "resuming from runs/a/checkpoint.pt" in run(script, capsys, run_name="b", resume=str(CHECKPOINT))
-    assert CHECKPOINT.read_bytes() == before
-    first, second = weights("runs/whole/policy"), weights("runs/b/policy")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert [step for step, _ in curves("b")["reward/mean"]] == [2, 3]
+def test_a_run_that_was_interrupted_after_an_evaluation_writes_it_once(script, run, monkeypatch):
+    """Ctrl-C during a reward is no failure of the reward: in a notebook it reaches the caller, and nothing is saved.
+    Resumed, the evaluations since the last checkpoint stood twice in completions.jsonl."""
+    monkeypatch.setattr(script, "reward", good_rewards_until(10 + 8 + 10 + 3, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        script.train(arguments(script, eval_every=1, save_every=4))
+    assert saved("a")["step"] == 0
+    assert evaluated() == {0: 10, 1: 10}
+    with Path("runs/a/completions.jsonl").open("a") as file:
+        file.write('{"step": 0, "ki')  # a kill may cut a line
+    run(resume="auto", eval_every=1)
+    assert evaluated() == dict.fromkeys(range(5), 10)
+    assert [step for step, _ in curves("a")["eval/greedy"]] == [0, 1, 2, 3, 4]
+    assert_same(saved("whole"), saved("a"))
 
 
-def test_a_run_is_not_written_over(script, capsys):
-    run(script, capsys, num_steps=2)
-    before = CHECKPOINT.read_bytes()
-    refused = "cannot write the run to runs/a (to resume a run: --resume auto): [Errno 17] File exists"
-    assert refused in run(script, capsys, 2)
-    assert refused in run(script, capsys, 2, resume=str(CHECKPOINT))
-    assert CHECKPOINT.read_bytes() == before
+def test_a_checkpoint_begins_another_run_wherever_its_model_and_data_lie_now(run):
+    """The folder was renamed, or --model was completed with a slash by the shell: the run could not be resumed."""
+    before = HALF.read_bytes()
+    Path("link").symlink_to("model")
+    shutil.copytree("model", "elsewhere/other")
+    shutil.copy("data.jsonl", "elsewhere/lines.jsonl")
+    places = {"model/": "./data.jsonl", "link": "data.jsonl", "elsewhere/other": "elsewhere/lines.jsonl"}
+    places[str(Path("model").resolve())] = str(Path("data.jsonl").resolve())
+    for number, (model, data) in enumerate(places.items()):
+        said = run(run_name=f"{number}", resume=str(HALF), model=model, data=data)
+        assert f"resuming from {HALF}" in said
+        assert f"step 2 of 4, in runs/{number}" in said
+        assert_same(saved("whole"), saved(f"{number}"))
+    assert [step for step, _ in curves("0")["reward/mean"]] == [2, 3]
+    assert HALF.read_bytes() == before
+
+
+def test_what_only_the_machine_needs_may_change_on_the_way(run):
+    less = dict(micro_batch_tokens=20, gradient_checkpointing=True, device="auto", eval_every=1, save_every=1)
+    assert "step 2 of 3, in runs/half" in run(run_name="half", resume="auto", num_steps=3, **less)
+    assert saved("half")["step"] == 3
+
+
+def test_a_run_goes_on_although_the_chat_template_writes_the_date(run, monkeypatch):
+    """Llama 3's template writes today's date into every prompt: no run could be resumed on the next day."""
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.chat_template = "{{ strftime_now('%d') }}+{{ messages[0].content }}"
+    tokenizer.save_pretrained("model")
+    for day in (1, 2):
+        clock = SimpleNamespace(now=lambda day=day: datetime(2025, 1, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        assert f"step {day - 1} of {day}, in runs/a" in run(num_steps=day, resume="auto")
+
+
+# ----- Refused -----
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_every_difference(script, run, capsys):
+    """Other weights were put where the model was: the reference, and what was trained so far, are of the first one."""
+    half = dict(run_name="half", resume="auto")
+    changed = dict(seed=7, learning_rate=0.5, temperature=0.9, max_new_tokens=3, kl_estimator="k2")
+    said = run(2, **half, **changed, eval_data="data.jsonl")  # what was held out would be trained on
+    assert f"{HALF} cannot be loaded: it belongs to a run with other arguments: --" in said
+    flags, *hashes = said.split("other arguments: ")[1].split(", hash of ")
+    assert set(f", {flags}".split(", --")[1:]) == {
+        "max-new-tokens was 6, is 3", "temperature was 1.0, is 0.9", "learning-rate was 0.001, is 0.5",
+        f"kl-estimator was {script.Args.kl_estimator}, is k2", "seed was 1, is 7",
+    }  # fmt: skip
+    assert [text.partition(" was ")[0] for text in hashes] == ["the problems", "the held-out problems"]
+    with pytest.raises(script.UserError, match="other arguments: --new was None, is 1"):
+        script.Run.load(SimpleNamespace(fixed={"--new": 1}), HALF)
+    other = {grpo: ppo, ppo: grpo}[script]
+    assert other.main(arguments(other, **half)) == 2
+    assert f"script was {script.__name__}, is {other.__name__}, " in capsys.readouterr().err
+    Path("data.jsonl").write_text(Path("data.jsonl").read_text().replace('"answer": "', '"answer": "1'))
+    said = run(2, **half)
+    assert "other arguments: hash of the problems was " in said
+    assert ", hash of the held-out problems was " in said
+    make_folder(Path())
+    model = AutoModelForCausalLM.from_pretrained("model")
+    model.lm_head.weight.data += 0.1
+    model.save_pretrained("model")
+    assert "other arguments: hash of the model was " in run(2, **half)
+
+
+def test_a_run_is_neither_written_over_nor_begun_beyond_its_last_step(script, run, monkeypatch):
+    """--num-steps counts from the beginning, also in a run that begins with a checkpoint: a model was promised that
+    was never written."""
+    monkeypatch.setattr(script, "next_problems", None)  # whoever trains fails
+    files = lambda: {path: path.is_file() and path.read_bytes() for path in Path("runs").rglob("*")}
+    before = files()
+    for resume in (None, str(HALF)):
+        said = run(2, run_name="half", resume=resume)
+        assert "cannot write the run to runs/half (to resume a run: --resume auto): " in said
+    for args in (dict(resume=str(HALF)), dict(resume="auto", run_name="half")):
+        assert "it is at step 2, beyond --num-steps 1" in run(2, num_steps=1, **args)
+    assert files() == before
+    shutil.rmtree("runs")
+    Path("runs").touch()
+    assert "cannot write the run to runs/a (to resume a run: --resume auto): " in run(2)
+
+
+def test_runs_without_a_name_never_collide(run):
+    for _ in range(2):
+        run(run_name=None, num_steps=1)
+    assert len([*Path("runs").iterdir()]) == 4
 
 
 @pytest.mark.slow
-def test_two_processes_do_not_resume_one_run_at_the_same_time(script, capsys):
-    run(script, capsys, num_steps=1)
-    slow = "script.reward = lambda completion, problem: time.sleep(0.1) or len(set(completion)) / 10"
-    more = dict(value_warmup_steps=0) if script is ppo else {}
-    with start(command(script.__name__, slow, run_name="a", num_steps=1000, resume="auto", **more)) as process:
-        wait_until(lambda: len(curves("a")["reward/mean"]) > 1)
-        said = run(script, capsys, 2, resume="auto")
-        assert "runs/a (to resume a run: --resume auto): another process is training in it" in said
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        run(script, capsys, num_steps=2, resume="auto")  # a kill opens the lock
-
-
-def test_runs_without_a_name_never_collide(script, capsys):
-    said = [run(script, capsys, run_name=None, num_steps=1, device="cpu") for _ in range(2)]
-    assert len({*Path("runs").iterdir()}) == 2, said
-
-
-def test_a_checkpoint_of_another_run_is_refused_with_every_difference(script, capsys):
-    run(script, capsys)
-    other = {grpo: ppo, ppo: grpo}[script]
-    said = run(script, capsys, 2, resume="auto", temperature=0.5, max_new_tokens=7)
-    assert "--max-new-tokens was 6, is 7, --temperature was 1.0, is 0.5\n" in said
-    assert f"script was {script.__name__}, is {other.__name__}, " in run(other, capsys, 2, resume="auto")
-    Path("data.jsonl").write_text(Path("data.jsonl").read_text().replace('"0"', '"1"'))
-    assert "hash of the held-out problems was" in run(script, capsys, 2, resume="auto")
-
-
-def test_what_only_the_machine_needs_may_change_on_the_way(script, capsys):
-    run(script, capsys, num_steps=2)
-    less = dict(micro_batch_tokens=20, gradient_checkpointing=True, eval_every=1, save_every=1)
-    run(script, capsys, resume="auto", num_steps=3, **less)
-    assert saved("a")["step"] == 3
+def test_two_processes_do_not_resume_one_run_at_the_same_time(script, run):
+    slow = "script.reward = lambda completion, problem: time.sleep(0.01) or len(set(completion)) / 10"
+    warmup = dict(value_warmup_steps=0) if script is ppo else {}
+    again = command(script.__name__, slow, run_name="half", num_steps=1000, resume="auto", **warmup)
+    with Forked(again) as process:
+        process.wait_until_it_says("in runs/half")
+        said = run(2, run_name="half", resume="auto")
+        assert "runs/half (to resume a run: --resume auto): another process is training in it" in said
+    run(run_name="half", num_steps=3, resume="auto")  # a kill opens the lock
 
 
 # ----- SIGTERM and SIGINT (see also test_training.py) -----
 
-SLOW_STEPS = "script.reward = lambda completion, problem: time.sleep(60)"
-
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prepared", [grpo], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_leaves_at_once(folder, number):
-    with start(command("grpo", SLOW_STEPS, run_name="a")) as process:
-        wait_until(lambda: [*Path("runs").glob("a/events*")])
-        time.sleep(1)
-        process.send_signal(number)
-        time.sleep(0.5)
-        assert process.poll() is None, "the first one lets the step finish"
-        process.send_signal(number)
-        said, _ = process.communicate(timeout=20)  # the step would take minutes
-    assert process.returncode == -number, said
-    assert "a second signal exits at once" in said
+def test_a_second_signal_leaves_at_once(script, number):
+    step_of_minutes = "script.reward = lambda *texts: print('rewarding', flush=True) or time.sleep(60)"
+    with Forked(command("grpo", step_of_minutes, run_name="a")) as process:
+        for text in ("rewarding", "finishing this step, then saving; a second signal exits at once"):
+            process.wait_until_it_says(text)
+            assert process.is_alive()
+            os.kill(process.pid, number)
+        process.join(20)
+        assert process.exitcode == -number
 
 
-# ----- A full disk, a folder that cannot be written -----
+# ----- A full disk -----
 
 
 @contextlib.contextmanager
-def full_disk(size: int):
-    """No file can grow beyond `size` bytes: writing more fails, as on a full disk, with OSError (EFBIG)."""
+def full_disk(size: int) -> Iterator[Callable[[int], None]]:
+    """No file can grow beyond `size` bytes: writing more fails, as on a full disk, with OSError (EFBIG). Gives a
+    function that sets another size."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    allow = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    allow(size)
     try:
-        yield
+        yield allow
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [50_000, 250_000])
-def test_a_full_disk_at_the_last_save_keeps_the_checkpoint_before(script, capsys, size):
-    run(script, capsys, run_name="whole")
-    run(script, capsys, num_steps=2)
-    before = CHECKPOINT.read_bytes()
-    assert len(before) > 250_000
-    with full_disk(size):
-        said = run(script, capsys, 2, resume="auto")
-    assert "runs/a could not be saved: " in said
-    assert CHECKPOINT.read_bytes() == before
-    run(script, capsys, resume="auto")
-    assert_same_run("whole", "a")
-
-
-def test_a_run_that_is_stopped_and_cannot_be_saved_says_so(script):
-    stop = threading.Event()
-    stop.set()
+def test_a_full_disk_at_the_last_save_keeps_the_checkpoint_before(script, run):
+    before = HALF.read_bytes()
+    for size in (50_000, 250_000):
+        assert size < len(before)
+        with full_disk(size):
+            assert "runs/half could not be saved: " in run(2, run_name="half", resume="auto")
+        assert HALF.read_bytes() == before
+        assert not HALF.with_suffix(".aside").exists(), "half of a file would only fill the disk"
+    run(run_name="half", resume="auto")
+    assert_same_run("whole", "half")
     with full_disk(50_000), pytest.raises(script.UserError, match=r"^runs/a could not be saved: "):
-        script.train(arguments(script), stop)
+        script.train(arguments(script), SimpleNamespace(is_set=lambda: True))  # a run that is stopped
 
 
-def test_a_save_that_failed_leaves_nothing_behind_on_the_full_disk(script, capsys):
-    with full_disk(50_000):
-        run(script, capsys, 2)
-    assert not ASIDE.exists()
-
-
-def test_a_full_disk_at_a_save_on_the_way_does_not_end_the_run(script, capsys, monkeypatch):
-    # Full in the second and third step, as the reward sees them: then somebody makes room.
-    calls = itertools.count()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def filling(completion: str, problem: dict) -> float:
-        step = next(calls) // 8
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if step in (1, 2) else before[0], before[1]))
-        return variety(completion, problem)
-
-    run(script, capsys, run_name="whole")
-    monkeypatch.setattr(script, "reward", filling)
-    with full_disk(before[0]):
-        said = run(script, capsys, save_every=1)
+def test_a_full_disk_at_a_save_on_the_way_does_not_end_the_run(script, run, monkeypatch):
+    """Full in the second and third step, as the reward sees them: then somebody makes room."""
+    sizes = (50_000 if call // 8 in (1, 2) else 2**40 for call in itertools.count())
+    with full_disk(2**40) as allow:
+        monkeypatch.setattr(script, "reward", lambda *texts: allow(next(sizes)) or variety(*texts))
+        said = run(save_every=1, eval_every=0)
     assert said.count("runs/a could not be saved: ") == 2  # after two and after three steps
-    assert_same_run("whole", "a")
+    assert_same(saved("whole"), saved("a"))
+    assert [step for step, _ in curves("a")["reward/mean"]] == [0, 1, 2, 3]
     assert not ASIDE.exists()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
-def test_a_full_disk_ends_the_curves_not_the_run(script, capsys, monkeypatch):
-    # As if the curves were on a disk of their own: only what TensorBoard writes fails, in the second step.
-    writes = itertools.count()
-    append = LocalFileSystem.append
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])
+def test_a_disk_that_is_full_once_the_checkpoint_is_written_does_not_end_the_run(run, monkeypatch, what):
+    """The disk held the checkpoint but not the export beside it: what writes it has errors of its own."""
+    sync, tokenizer = os.fsync, json.loads(Path("model/tokenizer.json").read_text())
+    if what == "tokenizer":  # larger than the checkpoint
+        tokenizer["model"]["vocab"] |= {f"word {i}": i for i in range(15, 40_000)}
+        Path("model/tokenizer.json").write_text(json.dumps(tokenizer))
+    size = Path("runs/whole/checkpoint.pt").stat().st_size + 1000
+    with full_disk(size) as allow, monkeypatch.context() as patch:
+        if what == "weights":
+            patch.setattr(os, "fsync", lambda file: sync(file) or allow(1_000))
+        said = run(2, save_every=2, eval_every=0)
+    assert said.count("runs/a could not be saved: ") == 3, said  # at steps 0 and 2, and the sentence at the end
+    run(resume="auto")
+    assert_same(saved("whole"), saved("a"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_a_full_disk_ends_the_curves_not_the_run(run, monkeypatch):
+    """As if the curves were on a disk of their own: only what TensorBoard writes fails, in the second step."""
+    writes, append = itertools.count(), LocalFileSystem.append
 
     def failing(*args, **kwargs):
         if next(writes) > 20:
@@ -319,161 +382,162 @@ def test_a_full_disk_ends_the_curves_not_the_run(script, capsys, monkeypatch):
         return append(*args, **kwargs)
 
     monkeypatch.setattr(LocalFileSystem, "append", failing)
-    said = run(script, capsys, num_steps=6, save_every=2)
+    said = run(save_every=2, eval_every=0)
     assert said.count("the curves end here, the run goes on: [Errno 28] No space left on device") == 1
-    assert saved("a")["step"] == 6
-
-
-@pytest.mark.parametrize("place", ["a file", pytest.param("no permission", marks=pytest.mark.skipif(
-    os.getuid() == 0, reason="root may write anywhere"))])
-def test_a_folder_that_cannot_be_written_is_told_before_training(script, capsys, monkeypatch, place):
-    monkeypatch.setattr(script, "next_problems", None)  # whoever trains fails
-    Path("runs").write_text("") if place == "a file" else Path("runs").mkdir(mode=0o500)
-    assert "cannot write the run to runs/a (to" in run(script, capsys, 2)
+    assert_same(saved("whole"), saved("a"))
 
 
 # ----- Damaged checkpoints -----
-
-
-def largest_tensor(content: bytes) -> int:
-    """A place in the middle of the first tensor's numbers, which stand uncompressed in the file."""
-    numbers = torch.load(CHECKPOINT, weights_only=True)["policy"][0]["model.layers.0.mlp.up_proj.weight"]
-    place = content.index(numbers.numpy().tobytes())
-    return place + numbers.nbytes // 2
 
 
 def altered(content: bytes, place: int, bit: int = 0) -> bytes:
     return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
 
 
-DAMAGES = {
-    "missing": lambda content: None,
-    "empty": lambda content: b"",
-    "half": lambda content: content[: len(content) // 2],
-    "a byte short": lambda content: content[:-1],
-    "one bit of a tensor": lambda content: altered(content, largest_tensor(content)),
-    # 38 bytes into an entry of the zip file's directory stand the attributes: with this bit it is a folder.
-    "one bit of the directory": lambda content: altered(content, content.index(b"PK\x01\x02") + 38, bit=4),
-    "no checkpoint": lambda content: b"text" * 100,
-    "nothing that it should hold": lambda content: Path("other.pt").read_bytes(),
-}
+def middles() -> dict[str, int]:
+    """A place in the middle of every file within the zip file that a checkpoint is."""
+    content, places = HALF.read_bytes(), {}
+    for file in zipfile.ZipFile(HALF).infolist():
+        sizes = struct.unpack_from("<HH", content, file.header_offset + 26)  # of its name and of what else is there
+        places[file.filename] = file.header_offset + 30 + sum(sizes) + file.file_size // 2
+    return places
 
 
-def test_a_damaged_checkpoint_is_refused(script, capsys, monkeypatch):
-    run(script, capsys, num_steps=2)
-    torch.save({"a": 1}, "other.pt")
-    good = CHECKPOINT.read_bytes()
+def test_a_damaged_checkpoint_is_refused(script, run, monkeypatch):
     monkeypatch.setattr(script, "next_problems", None)  # whoever trains fails
-    for name, damage in DAMAGES.items():
-        CHECKPOINT.write_bytes(good)
-        bad = damage(good)
-        CHECKPOINT.unlink()
-        if bad is not None:
-            CHECKPOINT.write_bytes(bad)
-        for args in [dict(resume=str(CHECKPOINT), run_name="b"), *([dict(resume="auto")] if bad is not None else [])]:
-            said = run(script, capsys, 2, num_steps=3, **args)
-            assert said.startswith(f"{script.__name__}.py: runs/a/checkpoint.pt cannot be loaded: "), name
+    torch.save({"step": 1}, "other.pt")
+    torch.save(torch.ones(3), "tensor.pt")
+    for path in ("nothing.pt", "model", ".", "data.jsonl", "other.pt", "tensor.pt", "model/model.safetensors"):
+        assert f"{path} cannot be loaded: " in run(2, resume=path)
+    good = HALF.read_bytes()
+    damaged = {
+        "empty": b"", "half": good[: len(good) // 2], "a byte short": good[:-1], "text": b"text" * 100,
+        "one bit of a tensor": altered(good, middles()["archive/data/0"]),
+        # 38 bytes into an entry of the zip file's directory stand the attributes: with this bit it is a folder.
+        "one bit of the directory": altered(good, good.index(b"PK\x01\x02") + 38, bit=4),
+    }  # fmt: skip
+    for name, bad in damaged.items():
+        HALF.write_bytes(bad)
+        for args in (dict(resume=str(HALF)), dict(resume="auto", run_name="half")):
+            said = run(2, **args)
+            assert said.startswith(f"{script.__name__}.py: {HALF} cannot be loaded: "), name
             assert ("is damaged" in said) == name.startswith("one bit"), said
-        assert not Path("runs/b").exists(), name
-        assert bad is None or CHECKPOINT.read_bytes() == bad, name
+        assert HALF.read_bytes() == bad, name
+    assert not Path("runs/a").exists()
 
 
-def test_a_bit_altered_anywhere_is_refused_or_changes_nothing(script, capsys):
-    """What no checksum covers holds nothing that is read: names twice, padding, dates."""
-    run(script, capsys, run_name="whole", num_steps=2)
-    run(script, capsys, num_steps=1)
-    good, moments, refused = CHECKPOINT.read_bytes(), random.Random(0), 0
-    for _ in range(settings().max_examples // 2):
-        CHECKPOINT.write_bytes(altered(good, moments.randrange(len(good)), moments.randrange(8)))
-        capsys.readouterr()
-        code = script.main(arguments(script, resume="auto", num_steps=2))
-        said = capsys.readouterr().err
-        refused += code == 2 and "cannot be loaded: " in said and "Traceback" not in said
-        if code != 2:
-            assert_same_run("whole", "a")
-    assert refused > settings().max_examples // 4
+def test_a_bit_altered_anywhere_is_refused_or_changes_nothing(script):
+    """What no checksum covers holds nothing that is read: names that stand twice, padding, dates."""
+    good, content, moments = HALF.read_bytes(), torch.load(HALF, weights_only=True), random.Random(0)
+    within, anywhere = [*middles().values()], [moments.randrange(len(good)) for _ in range(settings().max_examples)]
+    run, refused = SimpleNamespace(models={}, betas={}, fixed={}, args=arguments(script)), set()
+    script.Run.load(run, HALF)
+    for place in within + anywhere:
+        HALF.write_bytes(altered(good, place, moments.randrange(8)))
+        try:
+            script.Run.load(run, HALF)
+            assert_same(content, torch.load(HALF, weights_only=True))
+        except script.UserError:
+            refused.add(place)
+    assert len(within) > 40
+    assert {*within} <= refused
+    assert len(refused) > len(within) + len(anywhere) // 2
 
 
 # ----- A reward that fails -----
 
-WRONG = {
-    "raises": ("1 / 0", ZeroDivisionError, "division by zero"),
-    "nan": ("float('nan')", ValueError, "the reward is nan, not a number below 1e15, for '"),
-    "infinite": ("float('inf')", ValueError, "the reward is inf, not a number below 1e15, for '"),
-    "list": ("[1.0]", TypeError, "not 'list'"),
-    "none": ("None", TypeError, "not 'NoneType'"),
-}
+
+def good_rewards_until(call: int, wrong: object) -> Callable[[str, dict], float]:
+    """A reward whose call of this number, counted from 0, raises or returns what is wrong."""
+    calls = itertools.count()
+
+    def failing(*texts: object) -> object:
+        if next(calls) != call:
+            return variety(*texts)
+        if isinstance(wrong, type):
+            raise wrong
+        return wrong
+
+    return failing
 
 
-@pytest.mark.parametrize(
-    "wrong", ["raises", "nan", *(pytest.param(name, marks=pytest.mark.slow) for name in [*WRONG][2:])]
-)
+TOO_LARGE = "the reward is {}, not a number below 1e15, for '"
+WRONG = [  # what the reward raises or returns, and what the run ends with
+    (ZeroDivisionError, ZeroDivisionError, None),
+    (SystemExit, RuntimeError, "compute_rewards ended the program"),
+    (GeneratorExit, RuntimeError, "compute_rewards ended the program"),  # no Exception either
+    (math.nan, ValueError, TOO_LARGE.format("nan")),
+    (math.inf, ValueError, TOO_LARGE.format("inf")),
+    (-1e39, ValueError, TOO_LARGE.format("-1e[+]39")),  # infinite in float32
+    (1e20, ValueError, TOO_LARGE.format("1e[+]20")),  # infinite in float32 when it is squared
+    ([1.0], TypeError, None),
+    (None, TypeError, None),
+]
+
+
 @pytest.mark.parametrize("when", ["training", "evaluation"])
-def test_a_wrong_reward_stops_the_run_and_keeps_what_was_learned(script, capsys, monkeypatch, wrong, when):
-    text, error, says = WRONG[wrong]
-    run(script, capsys, run_name="whole", eval_every=2)
-    # 8 completions in a step, 5 + 5 in an evaluation: 10, 8, 8, 10, 8, 8, 10
-    calls, bad = itertools.count(), {"evaluation": 10 + 8 + 8 + 3, "training": 10 + 8 + 8 + 10 + 3}[when]
-
-    def failing(completion: str, problem: dict) -> float:
-        return variety(completion, problem) if next(calls) != bad else eval(text)
-
-    monkeypatch.setattr(script, "reward", failing)
-    with pytest.raises(error, match=says) as raised:
-        script.main(arguments(script, eval_every=2))
-    names = [frame.name for frame in traceback.extract_tb(raised.tb)]
-    assert "failing" in names if wrong == "raises" else names[-1] in ("guard", "<listcomp>")
-    assert saved("a")["step"] == 2
+def test_a_wrong_reward_stops_the_run_and_keeps_what_was_learned(script, run, monkeypatch, when):
+    """Code that the reward ran called exit(): the run ended with exit code 0, nothing said and nothing saved. Or a
+    reward was finite as Python counts, but not its square in float32, and no update was ever made."""
+    for wrong, error, says in WRONG if when == "training" else WRONG[:2]:
+        # An evaluation has 5 + 5 completions, a step 8: before the third step, or in it.
+        call = {"evaluation": 3, "training": 10 + 3}[when] + (0 if CHECKPOINT.exists() else 10 + 8 + 8)
+        monkeypatch.setattr(script, "reward", good_rewards_until(call, wrong))
+        before = time_of_save()
+        with pytest.raises(error, match=says) as raised:
+            script.main(arguments(script, resume="auto"))
+        shown = [frame.name for frame in raised.traceback] + [type(raised.value.__cause__)]
+        assert not isinstance(wrong, type) or "failing" in shown or wrong in shown, wrong
+        assert time_of_save() != before, wrong
+        assert saved("a")["step"] == 2, wrong
     monkeypatch.setattr(script, "reward", variety)
-    run(script, capsys, eval_every=2, resume="auto")
+    run(resume="auto")
     assert_same_run("whole", "a")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo", "ppo"])
-def test_the_line_of_a_wrong_reward_is_named(folder, name):
-    wrong = "\ndef reward(completion, problem):\n    return 1 / 0  # this line\nscript.reward = reward"
-    said = finish(start(command(name, wrong, run_name="a")), code=1)
-    assert "return 1 / 0  # this line" in said
-    assert said.rstrip().endswith("ZeroDivisionError: division by zero")
-    assert saved("a")["step"] == 0
+def test_a_reward_that_changes_the_folder_does_not_change_where_the_run_is_kept(script, run, monkeypatch, tmp_path):
+    """A reward ran code in a folder of its own: the curves ended there, and nothing could be saved at the end."""
+    Path("sandbox").mkdir()
+    monkeypatch.setattr(script, "reward", lambda *texts: os.chdir(tmp_path / "sandbox") or variety(*texts))
+    run()
+    os.chdir(tmp_path)
+    assert not [*Path("sandbox").iterdir()]
+    assert_same_run("whole", "a")
 
 
 # ----- A gradient that is not finite -----
 
-LOSSES = {grpo: ["grpo_loss"], ppo: ["policy_loss", "value_loss"]}
 
+def test_an_update_that_is_not_finite_is_skipped_and_counted(script, run, monkeypatch):
+    """Two updates a step. Of the policy, the first one of step 1 and both of step 2 are spoiled; of the value model
+    those of step 3."""
+    norms, update = {"policy": [], "value": []}, script.optimizer_step
 
-@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("script", "loss"), [(grpo, 0), (ppo, 0), (ppo, 1)], indirect=["script"])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(script, loss, value, capsys, monkeypatch):
-    """Two updates a step: the first one of step 1 and both of step 2 are spoiled."""
-    name, prefix = LOSSES[script][loss], ["policy", "value"][loss]
-    compute, update, calls, norms, models = getattr(script, name), script.optimizer_step, itertools.count(), [], []
+    def spoil(name: str, factors: dict[int, float]) -> None:
+        compute, calls = getattr(script, name), itertools.count()
 
-    def spoiled(*args, **kwargs):
-        loss, per_token = compute(*args, **kwargs)
-        return loss * (value if next(calls) in (2, 4, 5) else 1.0), per_token
+        def spoiled(*args, **options) -> tuple:
+            loss, per_token = compute(*args, **options)
+            return loss * factors.get(next(calls), 1.0), per_token
 
-    def recorded(model, *args):
-        before = [parameter.detach().clone() for parameter in model.parameters()]
+        monkeypatch.setattr(script, name, spoiled)
+
+    def recorded(model, *args) -> torch.Tensor:
         norm = update(model, *args)
-        if hasattr(model, "lm_head") == (prefix == "policy"):
-            norms.append(float(norm))
-            models.append(any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
+        norms["policy" if hasattr(model, "lm_head") else "value"].append(float(norm))
         return norm
 
-    monkeypatch.setattr(script, name, spoiled)
     monkeypatch.setattr(script, "optimizer_step", recorded)
-    said = run(script, capsys, num_minibatches=2, update_epochs=1)
-    assert models == [True, True, False, True, False, False, True, True]
-    for step in range(4):
-        assert (f"step {step}: the gradient was not finite, so its update was skipped" in said) == (step in (1, 2))
-    found = curves("a")
-    assert found[f"{prefix}/skipped"] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 0.0)]
-    means = [sum(norms[:2]) / 2, norms[3], 0.0, sum(norms[6:]) / 2]
-    assert [norm for _, norm in found[f"{prefix}/grad_norm"]] == pytest.approx(means)
-    checkpoint = saved("a")
-    state = checkpoint["policy"][1]["state"].values()
-    assert all(torch.as_tensor(x).isfinite().all() for moments in state for x in moments.values())
-    assert all(x.isfinite().all() for x in checkpoint["policy"][0].values())
+    spoil("grpo_loss" if script is grpo else "policy_loss", {2: math.nan, 4: math.inf, 5: math.nan})
+    if script is ppo:
+        spoil("value_loss", {6: math.inf, 7: math.nan})
+    said, found = run(num_minibatches=2, update_epochs=1), curves("a")
+    for step, is_skipped in enumerate([False, True, True, script is ppo]):
+        assert (f"step {step}: the gradient was not finite, so its update was skipped" in said) == is_skipped
+    for prefix, skipped in {"policy": [0, 1, 2, 0], "value": [0, 0, 0, 2]}.items():
+        if script is ppo or prefix == "policy":
+            assert [count for _, count in found[f"{prefix}/skipped"]] == skipped
+            finite = [[x for x in norms[prefix][i : i + 2] if math.isfinite(x)] for i in (0, 2, 4, 6)]
+            means = [sum(x) / max(1, len(x)) for x in finite]
+            assert [norm for _, norm in found[f"{prefix}/grad_norm"]] == pytest.approx(means)
+    assert all(value.isfinite().all() for value in saved("a")["policy"][0].values())

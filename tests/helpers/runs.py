@@ -2,9 +2,13 @@
 """Runs to break: a random tiny model with its tokenizer and problems in a folder, and real processes that train it."""
 
 import contextlib
+import multiprocessing.context
 import os
+import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import grpo
 import ppo
-from helpers.tiny_models import make_model
+from helpers.tiny_models import SHARING, make_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = pytest.mark.parametrize("script", [grpo, ppo], ids=["grpo", "ppo"])
@@ -50,9 +54,7 @@ def make_folder(folder: Path, family: str = "llama") -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-    special = dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    if family == "gpt2":
-        special |= dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    special = SHARING.get(family, {}) | dict(vocab_size=15, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     make_model(family, torch.float32, **special).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     lines = [f'{{"prompt": "{a:02}+{7 * a % 90}=", "answer": "{a + 7 * a % 90}"}}\n' for a in range(40)]
@@ -85,7 +87,52 @@ def start(command: list[str]) -> Process:
     return Process(command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
 
 
-def finish(process: Process, code: int = 0) -> str:
+class Forked(multiprocessing.context.ForkServerProcess, contextlib.AbstractContextManager):
+    """Starts a `command` as `start` does, but for torchrun, in half a second: forked from a process that has imported
+    torch already. What it says goes to a file."""
+
+    def __init__(self, command: list[str], **environment: str):
+        super().__init__(daemon=True)
+        self.command, self.environment, self.folder = command, environment, os.getcwd()
+        self.output = Path(self.folder, f"output_{time.monotonic_ns()}")
+        self.output.touch()
+        self.start()
+
+    def run(self) -> None:
+        multiprocessing.set_start_method("fork", force=True)  # as in any other process
+        torch.set_num_threads(1)
+        os.chdir(self.folder)
+        os.environ.update(self.environment)
+        for stream in (1, 2):
+            os.dup2(os.open(self.output, os.O_WRONLY | os.O_APPEND), stream)
+        sys.argv = self.command[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 100
+        while not condition():
+            assert time.monotonic() < end, self.output.read_text()
+            time.sleep(0.0005)
+
+    def wait_until_it_says(self, text: str) -> None:
+        self.wait_until(lambda: text in self.output.read_text())
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        self.join(timeout)
+        return self.output.read_text(), None
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self.join()
+
+    returncode = property(lambda self: self.exitcode)
+
+
+PRELOADED = "pytest", "torch.distributed.fsdp", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"
+multiprocessing.set_forkserver_preload([*PRELOADED])
+
+
+def finish(process: Process | Forked, code: int = 0) -> str:
     """What it said, once it has ended as it should."""
     with process:
         said, _ = process.communicate(timeout=600)  # a busy machine takes long
@@ -113,12 +160,17 @@ def leaves(tree: object, name: str = "") -> dict[str, object]:
     return {name: tree}
 
 
-def assert_same_run(first: str, second: str) -> None:
-    """The same bits in all weights, all state of the optimizers and all else of the checkpoints; the same curves."""
-    one, two = leaves(saved(first)), leaves(saved(second))
+def assert_same(first: object, second: object) -> None:
+    """The same bits wherever these trees hold a tensor, and the same of all else."""
+    one, two = leaves(first), leaves(second)
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name], name
+
+
+def assert_same_run(first: str, second: str) -> None:
+    """The same weights, state of the optimizers and all else of the checkpoints; the same curves."""
+    assert_same(saved(first), saved(second))
     assert curves(first) == curves(second)
 
 
