@@ -179,11 +179,18 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(run):
 
 
 def test_a_run_that_was_interrupted_after_an_evaluation_writes_it_once(script, run, monkeypatch):
-    """Ctrl-C during a reward is no failure of the reward: in a notebook it reaches the caller, and nothing is saved.
-    Resumed, the evaluations since the last checkpoint stood twice in completions.jsonl."""
-    monkeypatch.setattr(script, "reward", good_rewards_until(10 + 8 + 10 + 3, KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        script.train(arguments(script, eval_every=1, save_every=4))
+    """Resumed, the evaluations since the last checkpoint stood twice in completions.jsonl."""
+    log_step = script.Run.log_step
+
+    def interrupted(run: object, metrics: dict) -> None:
+        log_step(run, metrics)
+        if run.step == 1:
+            raise KeyboardInterrupt  # as by Ctrl-C in a notebook
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "log_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            script.train(arguments(script, eval_every=1, save_every=4))
     assert saved("a")["step"] == 0
     assert evaluated() == {0: 10, 1: 10}
     with Path("runs/a/completions.jsonl").open("a") as file:
@@ -267,13 +274,13 @@ def test_a_run_is_neither_written_over_nor_begun_beyond_its_last_step(script, ru
     before = files()
     for resume in (None, str(HALF)):
         said = run(2, run_name="half", resume=resume)
-        assert "cannot write the run to runs/half (to resume a run: --resume auto): " in said
+        assert "cannot write the run to runs/half (to resume a run: --resume auto, once at a time): " in said
     for args in (dict(resume=str(HALF)), dict(resume="auto", run_name="half")):
         assert "it is at step 2, beyond --num-steps 1" in run(2, num_steps=1, **args)
     assert files() == before
     shutil.rmtree("runs")
     Path("runs").touch()
-    assert "cannot write the run to runs/a (to resume a run: --resume auto): " in run(2)
+    assert "cannot write the run to runs/a (to resume a run: --resume auto, once at a time): " in run(2)
 
 
 def test_runs_without_a_name_never_collide(run):
@@ -290,7 +297,7 @@ def test_two_processes_do_not_resume_one_run_at_the_same_time(script, run):
     with Forked(again) as process:
         process.wait_until_it_says("in runs/half")
         said = run(2, run_name="half", resume="auto")
-        assert "runs/half (to resume a run: --resume auto): another process is training in it" in said
+        assert "runs/half (to resume a run: --resume auto, once at a time): The file lock" in said
     run(run_name="half", num_steps=3, resume="auto")  # a kill opens the lock
 
 
@@ -465,7 +472,7 @@ TOO_LARGE = "the reward is {}, not a number below 1e15, for '"
 WRONG = [  # what the reward raises or returns, and what the run ends with
     (ZeroDivisionError, ZeroDivisionError, None),
     (SystemExit, RuntimeError, "compute_rewards ended the program"),
-    (GeneratorExit, RuntimeError, "compute_rewards ended the program"),  # no Exception either
+    (KeyboardInterrupt, KeyboardInterrupt, None),  # in a notebook
     (math.nan, ValueError, TOO_LARGE.format("nan")),
     (math.inf, ValueError, TOO_LARGE.format("inf")),
     (-1e39, ValueError, TOO_LARGE.format("-1e[+]39")),  # infinite in float32

@@ -165,7 +165,8 @@ def test_process_supervision_trains_in_place_of_the_lines_that_it_replaces(tmp_p
     first = next(i for i, line in enumerate(lines) if line.startswith("        groups = rewards.view"))
     assert lines[first + 1].startswith("        advantages = group_advantages(")
     lines[first : first + 2] = [STEPS]
-    text = "".join(lines).replace(".view(-1, 1).expand_as(weights)", "").replace("import group_advantages", "import group_advantages, process_advantages")
+    text = "".join(lines).replace(".view(-1, 1).expand_as(weights)", "")
+    text = text.replace("import group_advantages", "import group_advantages, process_advantages")
     for name, content in (FILES | {"grpo.py": text}).items():
         (tmp_path / name).write_text(content)
     (tmp_path / "tests").symlink_to(ROOT / "tests")
