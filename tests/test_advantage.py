@@ -75,20 +75,6 @@ def test_equal_rewards_give_exactly_zero(value, group_size, dtype, scale, baseli
         assert group_advantages(values, scale, baseline)[0].eq(0).all()
 
 
-@given(st.integers(2, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))), dtypes)
-def test_binary_rewards_give_the_odds_of_failure_and_of_success(drawn, dtype):
-    """With the fraction p of successes: sqrt((1-p)/p) and -sqrt(p/(1-p)), times sqrt((G-1)/G) of the sample std.
-
-    One success among zeros has the largest advantage that there is, (G - 1) / sqrt(G)."""
-    group_size, successes = drawn
-    rewards = (torch.arange(group_size) < successes).to(dtype)[None]
-    p, std = successes / group_size, rewards.std()
-    factor = math.sqrt((group_size - 1) / group_size) * std / (std + STD_EPS)
-    advantages = group_advantages(rewards)
-    assert_close(advantages[:, :successes], math.sqrt((1 - p) / p) * factor)
-    assert_close(advantages[:, successes:], -math.sqrt(p / (1 - p)) * factor)
-
-
 # ----- Process supervision -----
 
 
@@ -118,17 +104,6 @@ def test_process_advantages_sum_the_normalised_rewards_of_the_steps_still_to_end
             mean, std = statistics.fmean(values), statistics.stdev(values)
             normalised[group_ends] = (group[group_ends] - mean) / (std + STD_EPS)
     assert_close(advantages - after, expected)
-
-
-@few_examples
-@given(rewards(max_prompts=2, max_group=4), st.integers(1, 5), st.data())
-def test_one_step_at_the_last_token_is_outcome_supervision(rewards, width, data):
-    """DeepSeekMath 4.1.3 is then 4.1.2, on every token."""
-    lengths = data.draw(st.lists(st.integers(1, width), min_size=rewards.numel(), max_size=rewards.numel()))
-    lengths = torch.tensor(lengths).view(*rewards.shape, 1)
-    place = torch.arange(width).expand(*rewards.shape, width)
-    advantages = process_advantages(rewards[..., None].expand(place.shape), place == lengths - 1)
-    assert_close(advantages, group_advantages(rewards)[..., None].where(place < lengths, 0.0))
 
 
 @given(numbers(-1e6, 1e6), st.integers(1, 12), dtypes)
@@ -176,22 +151,6 @@ def test_gae_is_the_discounted_sum_of_the_residuals(episode, gamma, gae_lambda, 
     assert_close(returns, advantages + values, scale=100)
     assert advantages[~mask].eq(0).all()
     assert returns[~mask].eq(0).all()
-
-
-@few_examples
-@given(episodes(), fractions, fractions)
-def test_gae_is_the_weighted_mean_of_the_k_step_advantages(episode, gamma, gae_lambda):
-    """GAE Eqs. 11 to 16: weights (1 - lambda) lambda^(k-1) for k < K, and lambda^(K-1) for the last one."""
-    token_rewards, values, mask = episode
-    advantages, _ = gae(*episode, gamma, gae_lambda)
-    for row, length in enumerate(mask.sum(1).tolist()):
-        reward, value = token_rewards[row].tolist(), [*values[row, :length].tolist(), 0.0]
-        for t in range(length):
-            most, mean = length - t, 0.0
-            for k in range(1, most + 1):
-                k_step = sum(gamma**j * reward[t + j] for j in range(k)) + gamma**k * value[t + k] - value[t]
-                mean += k_step * (gae_lambda ** (k - 1) * (1 - gae_lambda) if k < most else gae_lambda ** (k - 1))
-            assert_close(advantages[row, t], mean, scale=100)
 
 
 @few_examples

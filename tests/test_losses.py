@@ -197,14 +197,6 @@ def test_the_sequence_ratio_is_the_geometric_mean_of_the_tokens(batch):
         assert s.eq(s[0] if len(w) > 1 else w[0]).all()
 
 
-@given(batches(on_policy=True, outcome=True), averages)
-def test_on_policy_gspo_has_the_gradient_of_grpo(batch, loss_average):
-    """GSPO Eq. 7, with beta = 0 and one advantage per completion."""
-    weights = average(batch.completion_mask, loss_average)
-    of_grpo, of_gspo = (loss_and_gradient(loss, batch, weights)[1] for loss in (grpo_without_kl, gspo))
-    assert_close(of_gspo, of_grpo)
-
-
 # ----- The KL in the loss of GRPO -----
 
 
