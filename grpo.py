@@ -1076,11 +1076,11 @@ class Run:
         self.stop = stop or threading.Event()
         self.script, self.device, self.step, self.writer, self.times = Path(__file__).stem, eos_ids.device, 0, None, {}
         flags = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in self.FREE}
-        weights = ((name, full_tensor(x.detach())) for name, x in self.policy.named_parameters())
-        contents = {  # never paths
+        bits = lambda x: x.detach().float().view(torch.int32).sum(dtype=torch.int64).item()
+        contents = {  # never paths; the weights of the sampler, which every process has as a whole
             "problems": [line for _, line in problems],
             "held-out problems": [line for _, line in held_out],
-            "model": [(name, [*x.shape], x.view(torch.int32).sum(dtype=torch.int64).item()) for name, x in weights],
+            "model": [(name, [*x.shape], bits(x)) for name, x in sampler.named_parameters()],
         }
         digest = lambda content: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
         hashes = {f"hash of the {name}": digest(content) for name, content in contents.items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard import _fully_shard
+from transformers import AutoModelForCausalLM
 
 import grpo
 import ppo
@@ -200,12 +201,15 @@ def assert_refused_once(started: list[Forked]) -> str:
 
 def test_processes_that_were_given_different_things_are_refused(folder):
     """Two hosts had different files under one name: each process scored the other's completions behind its own
-    prompts."""
+    prompts, or trained a mixture of two models."""
     shutil.copytree("model", "other/model")
+    other = AutoModelForCausalLM.from_pretrained("model")
+    other.lm_head.weight.data[0, 0] += 0.001
+    other.save_pretrained("other/model")
     Path("other/data.jsonl").write_text(Path("data.jsonl").read_text().replace('"prompt": "', '"prompt": "1'))
-    there = command("grpo", "os.chdir('other')", run_name="a", model="./model", temperature=0.5)
+    there = command("grpo", "os.chdir('other')", run_name="a", temperature=0.5)
     sentence = assert_refused_once(processes(command("grpo", run_name="a"), there))
-    names = "hash of the held-out problems, hash of the problems, model, temperature"
+    names = "hash of the held-out problems, hash of the model, hash of the problems, temperature"
     assert f"the processes do not agree on: {names}" in sentence
     assert not [*Path().rglob("checkpoint.pt")]
 
