@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Everything here runs offline, on the CPU, with random tiny models built in code.
 
-HYPOTHESIS_PROFILE chooses how many examples a property gets: dev (the default) is quick; ci draws more, the same ones
-every time; mutation is what tests/tools use: few, the same ones every time, and a failure is not made smaller.
+HYPOTHESIS_PROFILE chooses the examples of a property: dev (the default), few; ci, more, always the same ones; mutation,
+for tests/tools, few, always the same ones, and a failure is not made smaller.
 """
 
 import os

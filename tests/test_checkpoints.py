@@ -20,6 +20,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,20 +31,12 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
+import helpers.runs
 import ppo
-from helpers.runs import SMALL, Forked, assert_same, assert_same_run, command, curves, finish, make_folder, saved
+from helpers.runs import Forked, assert_same, assert_same_run, command, curves, finish, make_folder, saved, variety
 
 CHECKPOINT, ASIDE, HALF = map(Path, ("runs/a/checkpoint.pt", "runs/a/checkpoint.aside", "runs/half/checkpoint.pt"))
-
-
-def variety(completion: str, problem: dict) -> float:
-    """A reward that a random model can earn."""
-    return len(set(completion)) / 10
-
-
-def arguments(script, **args: object) -> grpo.Args | ppo.Args:
-    usual = SMALL | dict(run_name="a", eval_every=2) | (dict(value_warmup_steps=0) if script is ppo else {})
-    return script.Args(**usual | args)
+arguments = partial(helpers.runs.arguments, eval_every=2)
 
 
 @pytest.fixture(scope="module", params=[grpo, pytest.param(ppo, marks=pytest.mark.slow)], ids=["grpo", "ppo"])

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import grpo
 import ppo
 from helpers.inputs import CHATML, change_json, main, make_byte_folder, make_tokenizer, write_lines
-from helpers.runs import SMALL, TWINS, make_folder, weights
+from helpers.runs import TWINS, arguments, make_folder, weights
 from helpers.tiny_models import make_model
 from tools import sweep_families
 
@@ -38,10 +38,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     make_byte_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def arguments(script, **args):
-    return script.Args(**SMALL | dict(run_name="a") | (dict(value_warmup_steps=0) if script is ppo else {}) | args)
 
 
 def load(**args) -> tuple:

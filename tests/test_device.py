@@ -72,12 +72,9 @@ REFUSED = {
     "add": lambda d: ON(d, 2) + torch.ones(2),
     "a number of the device": lambda d: torch.ones(2) * ON(d),
     "in place": lambda d: torch.ones(2).add_(ON(d, 2)),
-    "into a number": lambda d: torch.ones(()).add_(ON(d)),
     "cat": lambda d: torch.cat([ON(d, 2), torch.ones(2)]),
-    "stack": lambda d: torch.stack([ON(d), torch.ones(())]),
     "where": lambda d: torch.where(torch.ones(2) > 0, ON(d, 2), 0.0),
     "masked_fill": lambda d: ON(d, 2).masked_fill(torch.ones(2) > 0, 0.0),
-    "masked_scatter": lambda d: ON(d, 2).masked_scatter(torch.ones(2) > 0, ON(d, 2)),
     "gather": lambda d: ON(d, 1, 2).gather(1, INDEX()),
     "scatter": lambda d: ON(d, 1, 2).scatter(1, INDEX(d), torch.ones(1, 1)),
     "index_select": lambda d: ON(d, 2).index_select(0, INDEX()[0]),
@@ -97,7 +94,6 @@ ALLOWED = {
     "mask": lambda d: ON(d, 2)[torch.ones(2) > 0],
     "assign": lambda d: ON(d, 2).index_put_((INDEX(),), torch.ones(())),
     "copy": lambda d: ON(d, 2).copy_(torch.ones(2)),
-    "copy back": lambda d: torch.ones(2).copy_(ON(d, 2)),
 }
 
 

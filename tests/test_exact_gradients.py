@@ -15,11 +15,10 @@ from torch import Tensor
 
 from advantage import gae, group_advantages
 from grpo import grpo_loss, loss_weights
-from helpers.exact_policies import Policy, softmax_policy, tables, transformers
+from helpers.exact_policies import Policy, tables, transformers
 from helpers.strategies import assert_close, float64, tensors
 from kl import exact_kl, kl_estimate
 from ppo import policy_loss, rewards_with_kl
-from test_kl import MU, REF, THETA
 
 MAX_NEW_TOKENS = 4  # more than the longest completion has
 betas = lambdas = st.floats(0, 1)
@@ -181,38 +180,22 @@ def test_ppo_is_exact_for_every_lambda_where_the_values_are_true(policies, gae_l
 
 # ----- A good estimator of the KL is not a good loss -----
 
-# (estimator, its weight, who sampled): the gradient of the KL in the loss. FKL is another direction.
+# (estimator, its weight, who sampled): the gradient of the KL in the loss.
 IN_THE_LOSS = {
     ("k1", "none", "pi"): "0", ("k2", "none", "pi"): "RKL", ("k3", "none", "pi"): "FKL",
     ("k1", "w", "pi"): "RKL", ("k3", "w", "pi"): "RKL", ("k1", "w", "mu"): "RKL", ("k3", "w", "mu"): "RKL",
     ("k2", "sg(w)", "mu"): "RKL", ("k3", "sg(w)", "mu"): "FKL",
 }  # fmt: skip
-WITHOUT_WEIGHT = {(estimator, "none", "mu"): "none of them" for estimator in ("k1", "k2", "k3")}
-
-
-def in_the_loss(row: tuple[str, str, str], policies: list[Policy]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The expected gradient of a row, and those it is compared with."""
-    (policy, ref, mu), (estimator, weight, sampled) = policies, row
-    sampler = {"pi": policy, "mu": mu}[sampled]
-    found = kl_loss_gradient(policy, ref, sampler, estimator, weight)
-    known = {name: grad_token_kl(policy, ref, sampler, name) for name in ("RKL", "FKL")}
-    return found, known | {"0": torch.zeros_like(found)}
 
 
 @pytest.mark.parametrize("row", IN_THE_LOSS, ids=" ".join)
 @given(either)
 def test_the_kl_in_the_loss_has_the_gradient_of_the_table(row, policies):
     """Exact for one token, and for several token by token, in the states that the sampler visits."""
-    found, known = in_the_loss(row, policies)
-    assert_close(found, known[IN_THE_LOSS[row]], scale=10.0)
-
-
-@pytest.mark.parametrize("row", IN_THE_LOSS | WITHOUT_WEIGHT, ids=" ".join)
-def test_every_row_of_the_table_is_another_direction(row):
-    """Samples of mu without a weight give none of the three."""
-    found, known = in_the_loss(row, [softmax_policy(logits) for logits in (THETA, REF, MU)])
-    equal = [name for name, gradient in known.items() if (found - gradient).abs().max() < 1e-3]
-    assert (equal or ["none of them"]) == [(IN_THE_LOSS | WITHOUT_WEIGHT)[row]]
+    (policy, ref, mu), (estimator, weight, sampled), known = policies, row, IN_THE_LOSS[row]
+    sampler = {"pi": policy, "mu": mu}[sampled]
+    found = kl_loss_gradient(policy, ref, sampler, estimator, weight)
+    assert_close(found, 0.0 if known == "0" else grad_token_kl(policy, ref, sampler, known), scale=10.0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -227,12 +210,3 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_k3_hardly_pulls(estimat
     assert_close(grpo_gradient(policy, penalty), expected, scale=20 + penalty.max())
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_near_the_reference_k2_and_k3_in_the_reward_pull_much_less_than_the_kl(estimator):
-    """A tenth of the way, a tenth of k1's gradient, which is that of the KL, and a hundredth of the others'."""
-    found = []
-    for step in (1e-2, 1e-3):
-        policy, ref = softmax_policy(REF + step * (THETA - REF)), softmax_policy(REF)
-        found.append(grpo_gradient(policy, kl_penalty(estimator, policy, ref).sum(1)))
-    far, near = (gradient.norm().item() for gradient in found)
-    assert near / far == pytest.approx(0.1 if estimator == "k1" else 0.01, rel=0.05)

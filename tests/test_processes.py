@@ -304,9 +304,7 @@ def step(*args):
 if os.environ["RANK"] == "1":
     script.optimizer_step = step
 """
-    began = time.monotonic()
     said = finish(start(command("grpo", raises, processes=2, run_name="a")), code=1)
-    assert time.monotonic() - began < 150
     assert "torch.OutOfMemoryError: CUDA out of memory" in said
 
 

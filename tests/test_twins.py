@@ -83,10 +83,6 @@ def test_where_the_algorithms_do_not_differ_the_scripts_do_not_either(first, las
     assert parts[0][0] == parts[1][0]
 
 
-def test_a_batch_of_ppo_is_one_of_grpo_with_values():
-    assert ppo.Batch._fields[: len(grpo.Batch._fields)] == grpo.Batch._fields
-
-
 def flag_help(script: str) -> dict[str, str]:
     """The docstring under every field of Args."""
     tree = ast.parse((ROOT / script).read_text())
@@ -105,14 +101,6 @@ def test_every_flag_has_its_help_and_is_read():
         source = (ROOT / script).read_text()
         unread = {name for name in names if f"args.{name}" not in source}
         assert unread == set()
-
-
-def test_only_what_has_no_plain_default_has_none():
-    for module in (grpo, ppo):
-        none = {field.name for field in dataclasses.fields(module.Args) if field.default is None}
-        optional = {"eval_data", "learning_rate", "clip_eps_high", "run_name", "resume"}
-        targets = {"value_learning_rate", "adaptive_kl_target", "penalty_kl_target", "early_stop_kl"}
-        assert none == optional | (targets if module is ppo else set())
 
 
 def test_flags_of_both_scripts_have_the_same_help_and_default():

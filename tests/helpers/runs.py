@@ -47,6 +47,16 @@ if __name__ == "__main__":
 """
 
 
+def variety(completion: str, problem: dict) -> float:
+    """A reward that a random model can earn."""
+    return len(set(completion)) / 10
+
+
+def arguments(script, **args: object) -> grpo.Args | ppo.Args:
+    """Those of a small run. PPO's first steps would train the value model only."""
+    return script.Args(**SMALL | dict(run_name="a") | (dict(value_warmup_steps=0) if script is ppo else {}) | args)
+
+
 def make_folder(folder: Path, family: str = "llama") -> None:
     """model/ and data.jsonl, as --model and --data take them."""
     characters = "0123456789+=#;"
