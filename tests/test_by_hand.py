@@ -61,7 +61,7 @@ def test_policy_loss_of_four_tokens():
     # A                      2         2         -1        -1
     # r A                    3         1         -0.5      -1.5
     # clip(r, 0.8, 1.2) A    2.4       1.6       -0.8      -1.2
-    # min                    2.4       1         -0.8      -1.5    clipped where r went where A pushes it
+    # min                    2.4       1         -0.8      -1.5    1: A > 0 and r > 1.2; 3: A < 0 and r < 0.8
     #
     # L = (2.4 + 1 - 0.8 - 1.5) / 4 = 1.1 / 4 = 0.275, and the loss is -L.
     pi_theta, pi_old = double([[0.6, 0.2, 0.2, 0.6]]), double([[0.4, 0.4, 0.4, 0.4]])       # (N, T)
@@ -76,9 +76,9 @@ def test_policy_loss_with_a_kl_penalty_of_two_tokens():
     # r = pi_theta / pi_old  0.4/0.2 = 2           0.1/0.2 = 1/2
     # A                      3                     4
     # KL                     1 - log 2             -1/2 + log 2
-    # r A - 1 KL             6 - 1 + log 2         2 + 1/2 - log 2
+    # r A - 1 KL             6 - 1 + log 2         2 + 1/2 - log 2          beta = 1; Eq. 8 has no clipping
     #
-    # (5 + log 2 + 2.5 - log 2) / 2 = 3.75, and the loss is minus that. r = 2 is not clipped.
+    # (5 + log 2 + 2.5 - log 2) / 2 = 3.75, and the loss is minus that.
     pi_theta, pi_old = double([[0.4, 0.1]]), double([[0.2, 0.2]])                           # (N, T)
     advantages, mask = double([[3, 4]]), torch.ones(1, 2, dtype=torch.bool)
     loss, metrics = policy_loss(pi_theta.log(), pi_old.log(), advantages, mask, weights=mask / 2, beta_old=1.0)

@@ -89,6 +89,7 @@ def time_of_save() -> int:
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(script, run):
+    """Before the first checkpoint, between saves and inside them: the checkpoint and the curves have the same bits."""
     kills, seed, inside = 10, random.randrange(1000), 0
     moments = random.Random(seed)
     args = dict(num_steps=2 * kills + 2, save_every=1, eval_every=3, beta=0.05)
@@ -130,8 +131,8 @@ def test_the_points_of_a_step_are_on_disk_before_its_checkpoint(run, monkeypatch
 
 
 def test_a_run_that_stops_after_every_step_ends_with_the_same_bits(script, run):
-    """Through the value warm-up, in which the policy's optimizer has no state yet; beta and the reference move, and the
-    sampler is a copy."""
+    """As one that never stopped. Through the value warm-up, in which the policy's optimizer has no state yet; beta and
+    the reference move, and the sampler is a copy."""
     options = dict(dtype="bfloat16", beta=0.05)
     options |= dict(value_warmup_steps=2, adaptive_kl_target=0.01, penalty_kl_target=0.01) if script is ppo else dict(
         ref_refresh_every=2, update_epochs=2)

@@ -206,6 +206,7 @@ def test_a_prompt_is_not_closed_by_the_end_token_unless_a_template_says_so(templ
 
 
 def test_prompts_are_padded_on_the_left():
+    """And masked by length, so that an id of the padding may stand in a prompt."""
     ids, mask = grpo.pad_prompts([[5, 6, 7], [0], [8, 9]], CPU)
     assert mask.tolist() == [[True, True, True], [False, False, True], [False, True, True]]
     assert ids[mask].tolist() == [5, 6, 7, 0, 8, 9]

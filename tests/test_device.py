@@ -74,7 +74,6 @@ REFUSED = {
     "in place": lambda d: torch.ones(2).add_(ON(d, 2)),
     "cat": lambda d: torch.cat([ON(d, 2), torch.ones(2)]),
     "where": lambda d: torch.where(torch.ones(2) > 0, ON(d, 2), 0.0),
-    "masked_fill": lambda d: ON(d, 2).masked_fill(torch.ones(2) > 0, 0.0),
     "gather": lambda d: ON(d, 1, 2).gather(1, INDEX()),
     "scatter": lambda d: ON(d, 1, 2).scatter(1, INDEX(d), torch.ones(1, 1)),
     "index_select": lambda d: ON(d, 2).index_select(0, INDEX()[0]),
@@ -84,12 +83,10 @@ REFUSED = {
     "isin": lambda d: torch.isin(INDEX(d), INDEX()),
     "searchsorted": lambda d: torch.searchsorted(ON(d, 2), torch.ones(2)),
     "index of the device": lambda d: torch.ones(2)[INDEX(d)],
-    "assigned values": lambda d: ON(d, 2).index_put_((INDEX(),), torch.ones(1, 1)),
     "numpy": lambda d: ON(d, 2).numpy(),
 }
 ALLOWED = {
     "number": lambda d: ON(d, 2) + torch.ones(()),
-    "where of numbers": lambda d: torch.where(ON(d, 2) > 0, ON(d, 2), torch.ones(())),
     "index": lambda d: ON(d, 2)[INDEX()],
     "mask": lambda d: ON(d, 2)[torch.ones(2) > 0],
     "assign": lambda d: ON(d, 2).index_put_((INDEX(),), torch.ones(())),

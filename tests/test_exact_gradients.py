@@ -129,7 +129,7 @@ def test_the_listed_completions_are_all_there_are(policies):
 
 @given(either, st.data())
 def test_the_mean_baseline_gives_a_part_of_grad_j_and_leave_one_out_all_of_it(policies, data):
-    """Over all groups of two, and for one token also of three: (G - 1)/G grad J, and grad J.
+    """Over all groups of two, and for one token also of three: (G - 1)/G grad J and grad J, respectively.
 
     It takes Dr. GRPO's average, by a constant: there a token weighs the same however long its completion and the rest
     of its group are, and the sum of A s over a completion is A grad log pi(y)."""

@@ -151,7 +151,7 @@ def test_clip_bounds_are_one_minus_clip_eps_and_one_plus_clip_eps_high(loss, bat
 
 @CLIPPED_LOSSES
 def test_clip_higher_moves_the_upper_bound_alone(loss):
-    """DAPO's 0.2 and 0.28, at ratios outside, inside and between the bounds, for A = 1 and A = -1."""
+    """DAPO's 0.2 and 0.28, at ratios below, inside, between the two upper bounds and above, for A = 1 and A = -1."""
     r = torch.tensor([[0.5], [0.9], [1.1], [1.25], [1.5]], dtype=torch.float64)  # completions of one token
     one, zero = torch.ones_like(r), torch.zeros_like(r)
     for advantage, clip_eps_high, expected in (

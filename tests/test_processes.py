@@ -142,6 +142,7 @@ all_cases = [(number, module.__name__, case) for module in (grpo, ppo) for numbe
 
 @pytest.mark.parametrize(("number", "script", "case"), all_cases)
 def test_the_gradient_is_that_of_one_process(in_trained, number, script, case):
+    """Of two and of three processes, at the policy's first update, up to rounding. `work` has written the files."""
     one, all_of_them = (torch.load(f"{script}_{case}_{n}.pt", weights_only=True) for n in (1, number))
     assert one.keys() == all_of_them.keys()
     largest = max(gradient.abs().max() for gradient in one.values())

@@ -46,7 +46,7 @@ both_losses = pytest.mark.parametrize("loss", [policy_loss, grpo_loss_without_kl
 
 @both_losses
 @given(log_ratios, numbers, eps)
-def test_loss_is_clipped_to_a_lower_bound(loss, log_ratio, advantage, clip_eps):
+def test_clipped_objective_is_a_lower_bound(loss, log_ratio, advantage, clip_eps):
     """PPO Eq. 7: min[r A, clip(r, 1 - eps, 1 + eps) A] <= r A, exactly."""
     clipped, r = objective(loss, log_ratio, advantage, clip_eps=clip_eps)
     assert clipped <= r * advantage
@@ -55,7 +55,7 @@ def test_loss_is_clipped_to_a_lower_bound(loss, log_ratio, advantage, clip_eps):
 @both_losses
 @given(log_ratios, numbers, eps, eps)
 def test_loss_is_clipped_on_one_side_only(loss, log_ratio, advantage, low, high):
-    """PPO Eq. 7 is min[r A, (1 + eps) A] if A >= 0, and min[r A, (1 - eps) A] if A < 0. DAPO's upper eps is another."""
+    """PPO Eq. 7 is min[r A, (1 + eps) A] if A >= 0, and min[r A, (1 - eps) A] if A < 0. DAPO: two eps."""
     clipped, r = objective(loss, log_ratio, advantage, clip_eps=low, clip_eps_high=high)
     bound = 1 + high if advantage >= 0 else 1 - low
     assert clipped == min(r * advantage, bound * advantage)
@@ -75,7 +75,7 @@ def test_loss_has_no_gradient_where_the_advantage_has_pushed_the_ratio_out(loss,
 @given(log_ratios, numbers, log_ratios, fractions)
 def test_grpo_loss_has_the_kl_outside_of_the_clipping(log_ratio, advantage, ref_logprob, beta):
     """DeepSeekMath Eq. 3: {min[w A, clip(w, 1 - eps, 1 + eps) A] - beta D_KL}, where D_KL is k3 (Eq. 4)."""
-    ref_logprobs = double([[ref_logprob]])                                                  # (N, T)
+    ref_logprobs = double([[ref_logprob]])                      # (N, T); log pi_old is 0, so log_ratio is log pi_theta
     whole, _ = objective(lambda p, q, *x: grpo_loss(p, q, ref_logprobs, *x, beta=beta), log_ratio, advantage)
     clipped, _ = objective(grpo_loss_without_kl, log_ratio, advantage)
     kl = kl_estimate(double([[log_ratio]]), ref_logprobs, "k3").item()
@@ -86,7 +86,7 @@ def test_grpo_loss_has_the_kl_outside_of_the_clipping(log_ratio, advantage, ref_
 @given(st.lists(st.tuples(st.integers(1, 4), log_ratios, numbers), min_size=2, max_size=5))
 def test_loss_of_a_batch_is_the_sum_of_its_micro_batches(loss, completions):
     """DeepSeekMath Eq. 3 is 1/N sum_i 1/|o_i| sum_t: with the weights of the batch, each completion adds its part."""
-    lengths, x, y = double(completions).T[..., None].expand(3, -1, 4)                       # (N, T) each
+    lengths, x, y = double(completions).T[..., None].expand(3, -1, 4)  # (N, T), each; y: advantages, or returns
     mask = torch.arange(4) < lengths
     columns = x, 0 * x, y, mask, loss_weights(mask, "sequence", max_new_tokens=4)
     parts = [loss(*(column[[i]] for column in columns))[0].item() for i in range(len(completions))]
@@ -96,7 +96,7 @@ def test_loss_of_a_batch_is_the_sum_of_its_micro_batches(loss, completions):
 # ----- The KL penalty -----
 
 
-@given(log_ratios.filter(lambda x: x == 0 or abs(x) > 1e-12))  # less than that rounds to 0
+@given(log_ratios.filter(lambda x: x == 0 or abs(x) > 1e-12))  # k3 is about log_r^2 / 2, which rounds to 0 near 1e-16
 @example(5e-9)  # where r - 1 - log r, computed as it is written, is -3e-17
 def test_kl_estimate_k3_is_never_negative_and_zero_only_where_the_policies_agree(log_r):
     """DeepSeekMath Eq. 4, Schulman: k3 = r - 1 - log r >= 0, and 0 if and only if log r = 0, with r = pi_ref / pi."""

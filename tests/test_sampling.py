@@ -55,7 +55,7 @@ def test_the_decoder_samples_what_full_forward_passes_sample(family, temperature
 
 
 def test_a_completion_depends_on_its_prompt_and_its_random_numbers_alone(monkeypatch):
-    """Not on other rows, a shared prompt, the model's generation_config.json, or when it is tested whether rows end."""
+    """Not on left padding, other rows, a shared prompt, generation_config.json, or when ends are looked for."""
     model, uniforms = make_model("llama", torch.float32), random_numbers(12, 12)
     generate = lambda prompts, numbers: grpo.generate_completions(model, *prompts, numbers, 0.7, ENDS)
     prompts = grpo.pad_prompts(PROMPTS, CPU)
