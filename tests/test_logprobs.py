@@ -181,6 +181,7 @@ def test_the_value_model_starts_as_a_copy_of_the_policy_at_exactly_zero_and_shar
     assert all(torch.equal(copied[name], value) for name, value in original.items())
     memory = [{x.untyped_storage().data_ptr() for x in (*m.parameters(), *m.buffers())} for m in (policy, value_model)]
     assert memory[0].isdisjoint(memory[1])
+    assert value_model.config is policy.config
     for batch in (batch_of(ppo), with_copies(batch_of(ppo))):
         value_model.zero_grad()
         values = ppo.completion_values(value_model, batch)
