@@ -141,6 +141,7 @@ def test_a_run_that_stops_after_every_step_ends_with_the_same_bits(script, run):
         said = run(num_steps=n, save_every=1, resume="auto", **options)
         assert f"step {n - 1} of {n}, in runs/a" in said
         assert ("resuming from runs/a/checkpoint.pt" in said) == (n > 1)
+        assert ("the policy will not learn" in said) == (script is ppo and n <= 2)
         assert saved("a")["step"] == n
     assert_same_run("never_stopped", "a")
     betas = saved("a")["betas"]
