@@ -668,7 +668,8 @@ def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache:
         logits = policy(tokens, attention_mask=visible, position_ids=position_ids, cache=cache, use_cache=True).logits
 
     def step(new_tokens: Tensor) -> Tensor:
-        tokens.copy_(new_tokens[:, None])  # where the recording reads them
+        """Replay it, one token further."""
+        tokens.copy_(new_tokens[:, None])  # where it reads them
         graph.replay()
         position_ids.add_(1)
         return logits[:, -1]
