@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def nothing_is_loaded(monkeypatch) -> None:
     for script in (grpo, ppo):
-        monkeypatch.setattr(script, "load_problems", None)  # a traceback for whoever calls it
+        monkeypatch.setattr(script, "load_problems", lambda *_: pytest.fail("not refused before"))
 
 
 def cases(*rows: tuple) -> pytest.MarkDecorator:
