@@ -957,8 +957,8 @@ def start(args: Args) -> torch.device:
                 torch.cuda.set_device(device)
             if not dist.is_initialized():
                 if os.environ.get("RANK") == "0":
-                    say(f"waiting for {os.environ.get('WORLD_SIZE')} processes, which find this one at "
-                        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
+                    number, host, port = (os.environ.get(x) for x in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+                    say(f"waiting for {number} processes at {host}:{port}")
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     parts = world()[1] * args.num_minibatches
     if args.num_prompts % parts:
