@@ -1221,7 +1221,8 @@ class Run:
             return
         with as_user_error(f"cannot write the run to {self.folder} (to resume a run: --resume auto, once at a time)"):
             self.folder.mkdir(parents=True, exist_ok=self.args.resume == "auto")
-            self.lock = FileLock(self.folder / "lock", thread_local=False, is_singleton=True)  # while a run here lives
+            # Held as long as a run in this folder lives; another one of this process shares it.
+            self.lock = FileLock((self.folder / "lock").absolute(), thread_local=False, is_singleton=True)
             self.lock.acquire(blocking=False)
             self.writer = SummaryWriter(str(self.folder.absolute()), purge_step=self.step)
             self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(self.args).items()))
