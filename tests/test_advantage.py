@@ -92,6 +92,7 @@ def steps(draw) -> tuple[Tensor, Tensor]:
 
 
 @given(steps())
+@example((torch.tensor([[[1.0], [0.0]]]), torch.ones(1, 2, 1, dtype=torch.bool)))  # n - 1 = 1 of two steps
 def test_process_advantages_sum_the_normalised_rewards_of_the_steps_still_to_end(drawn):
     """DeepSeekMath 4.1.3: A_t - A_{t+1} is the normalised reward of the step that ends at t, else 0."""
     rewards, ends = drawn
