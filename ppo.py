@@ -656,7 +656,8 @@ class Decoder:
         assert self.cache, "it has no cache of keys and values"
         self.cache.reorder_cache(self.prompts)
         # On a GPU, starting the kernels of a step from Python takes longer than running them: record it, replay it.
-        self.use_graph = self.can_record and self.rows.is_cuda and {type(x) for x in self.cache.layers} == {StaticLayer}
+        layers = getattr(self.cache, "layers", ())                              # a cache for encoders, too, has none
+        self.use_graph = self.can_record and self.rows.is_cuda and {type(x) for x in layers} == {StaticLayer}
         return output.logits[self.prompts, -1]
 
 
