@@ -130,9 +130,10 @@ def test_the_points_of_a_step_are_on_disk_before_its_checkpoint(run, monkeypatch
 # ----- Exact resume -----
 
 
-def test_a_run_that_stops_after_every_step_ends_with_the_same_bits(script, run):
+def test_a_run_that_stops_after_every_step_ends_with_the_same_bits(script, run, monkeypatch):
     """As one that never stopped. Through the value warm-up, in which the policy's optimizer has no state yet; beta and
-    the reference move, and the sampler is a copy."""
+    the reference move, the sampler is a copy, and the reward draws random numbers."""
+    monkeypatch.setattr(script, "reward", lambda *texts: variety(*texts) + random.random() / 100)
     options = dict(dtype="bfloat16", beta=0.05)
     options |= dict(value_warmup_steps=2, adaptive_kl_target=0.01, penalty_kl_target=0.01) if script is ppo else dict(
         ref_refresh_every=2, update_epochs=2)

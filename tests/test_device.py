@@ -71,7 +71,6 @@ INDEX = lambda device="cpu": torch.zeros(1, 1, dtype=torch.long, device=device)
 REFUSED = {
     "add": lambda d: ON(d, 2) + torch.ones(2),
     "a number of the device": lambda d: torch.ones(2) * ON(d),
-    "in place": lambda d: torch.ones(2).add_(ON(d, 2)),
     "where": lambda d: torch.where(torch.ones(2) > 0, ON(d, 2), 0.0),
     "gather": lambda d: ON(d, 1, 2).gather(1, INDEX()),
     "scatter": lambda d: ON(d, 1, 2).scatter(1, INDEX(d), torch.ones(1, 1)),
