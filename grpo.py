@@ -7,10 +7,10 @@ objective. Flags add what came later: parts of DAPO (2503.14476), Dr. GRPO (2503
 
 The policy pi_theta is a causal language model: after a prompt q, it assigns every next token a probability. Each step:
 
-    1. Generate G completions o_1 .. o_G per prompt with the old policy            generate_completions
-    2. Compute each completion's advantage: its reward relative to its group       group_advantages (advantage.py)
-    3. Estimate the KL from the reference policy for every token, with k3          kl_estimate (kl.py)
-    4. Compute the clipped loss plus beta times that KL, and update the policy     grpo_loss
+    1. Rollout     Sample G completions per prompt with the old policy; reward each      rollout
+    2. Advantage   Compare each completion's reward with its group's                     group_advantages (advantage.py)
+    3. Score       Compute the tokens' log-probabilities under pi_ref and pi_old         completion_logprobs
+    4. Update      Lower the clipped loss plus beta times the KL from pi_ref, mu times   grpo_loss, kl_estimate (kl.py)
 
 Advantage and KL pull against each other: the advantage pushes the policy toward whatever earns more than its group's
 mean; the KL keeps it near the reference policy, so that it still writes the language it was trained on.
@@ -18,35 +18,33 @@ mean; the KL keeps it near the reference policy, so that it still writes the lan
     symbol       name in the code    shape        meaning
     G            group_size          scalar       completions per prompt
     mu           update_epochs       scalar       passes over the completions of one step
-    q            prompt_ids          (B, P)       B prompts of at most P tokens, left-padded
+    q            prompt_ids          (B, P)       B = num_prompts prompts of at most P tokens, left-padded
     o_i          completion_ids      (N, T)       N = B G completions of at most T tokens, right-padded
-    |o_i|        completion_mask     (N, T)       true through the EOS token, which is trained too; sums to |o_i|
+    |o_i|        completion_mask     (N, T)       true on the tokens of o_i, its EOS token too; sums to |o_i|
     r_i          rewards             (N,)         the reward of a completion
     A_{i,t}      advantages          (N, T)       in standard deviations of the group (scale "none": as rewards)
     pi_theta     logprobs            (N, T)       log pi_theta(o_{i,t} | q, o_{i,<t}) at the sampling temperature, nats
-    pi_old       old_logprobs        (N, T)       the same under the parameters that sampled
+    pi_old       old_logprobs        (N, T)       the same before the first update of the step
     pi_ref       ref_logprobs        (N, T)       the same under the reference policy, which is frozen
     w_{i,t}      ratio               (N, T)       pi_theta / pi_old
     D_KL         kl                  (N, T)       k3 = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1 by default, nats
-    1/(BG|o_i|)  weights             (N, T)       the weight of a token in the loss, by default
+    M/(BG|o_i|)  weights             (N, T)       a token's weight in the loss, by default; M is num_minibatches
     eps, beta    clip_eps, beta      scalar       clip range of the ratio; weight of the KL
 
 Differs from the papers, each marked "Differs" where it happens: the std is the sample one plus 1e-4 (advantage.py);
-DAPO's token mean runs over all groups at once; the reference stays the initial policy unless --ref-refresh-every is
-set, and there is no reward model to retrain; the learning rate is constant, the gradient is clipped, and there is no
-update where the gradient is 0 or not finite (the paper states none of these).
+DAPO's token mean runs over all groups at once; in bfloat16 the completions come from rounded weights, uncorrected; the
+reference stays the initial policy unless --ref-refresh-every is set, and no reward model is retrained; the learning
+rate is constant, the gradient is clipped, and where it is 0 or not finite, there is no update.
 
     python grpo.py                                     a tiny model learns two-digit addition, without any download
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data test.jsonl --max-new-tokens 512
 
-The algorithm comes first. Below SPEED is what gives the same numbers, up to rounding, in less time or memory; below
-PLUMBING are files, processes and errors. For a task of your own, copy this file with advantage.py and kl.py and change
-the block marked CHANGE THIS.
+The algorithm comes first; below SPEED is what saves time or memory, below PLUMBING are files, processes and errors. For
+a task of your own, copy this file with advantage.py and kl.py, and change the block marked CHANGE THIS.
 """
 
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import os
@@ -54,28 +52,24 @@ import random
 import re
 import signal
 import sys
-import textwrap
 import threading
 import time
-import zipfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: spinning threads starve a busy machine
 
 import torch
 import torch.distributed as dist
 import tyro
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.utils import logging as transformers_logging
@@ -92,7 +86,7 @@ class Args:
     model: str = str(TINY)
     """the policy: a Hugging Face hub id or folder; by default a tiny model that comes with this script"""
     data: str = str(TINY / "train.jsonl")
-    """training problems, JSON lines with "question" or "prompt" (text or chat messages) and "answer" """
+    """training problems: JSON lines with "answer" and either "question" or "prompt" (text or chat messages)"""
     eval_data: str | None = None
     """held-out problems in the same format; default: the tiny model's own, or a random tenth of --data, at most 256"""
     num_prompts: int = 32
@@ -100,7 +94,7 @@ class Args:
     group_size: int = 8
     """G: completions per prompt (DeepSeekMath used 64)"""
     max_new_tokens: int = 32
-    """T: maximum completion length in tokens; real models need more, such as 512"""
+    """maximum completion length in tokens, the largest T; real models need more, such as 512"""
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-probability"""
     # The update
@@ -111,7 +105,7 @@ class Args:
     num_minibatches: int = 1
     """optimizer updates per pass"""
     learning_rate: float | None = None
-    """AdamW's learning rate; default: 5e-4 for the tiny model, 1e-6 for others (DeepSeekMath 4.2)"""
+    """AdamW's learning rate; default: 1e-6 (DeepSeekMath 4.2), but 5e-4 for a model of less than 10 M parameters"""
     max_grad_norm: float = 1.0
     """gradient clipping: gradients with a larger norm are scaled down to this norm"""
     # The loss
@@ -119,8 +113,6 @@ class Args:
     """weight of the KL from the reference policy (DeepSeekMath 4.2); 0 loads no reference policy"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """estimator of KL[policy, reference]: k3 is DeepSeekMath Eq. 4; in the loss, k1 has mean gradient 0, see kl.py"""
-    kl_placement: Literal["loss", "reward"] = "loss"
-    """"loss": DeepSeekMath Eq. 3; "reward": subtracted from the reward as in PPO for RLHF, best with k1, see kl.py"""
     kl_importance_weight: bool = False
     """multiply k1 or k3 in the loss by the ratio: the gradient is then that of KL[policy, reference] (DeepSeek-V3.2)"""
     ref_refresh_every: int = 0
@@ -130,33 +122,29 @@ class Args:
     clip_eps_high: float | None = None
     """upper eps, if different from the lower one (DAPO's clip-higher: 0.28)"""
     ratio_level: Literal["token", "sequence"] = "token"
-    """"sequence": one ratio per completion, the geometric mean over its tokens (GSPO Eq. 7; clip about 4e-4)"""
+    """sequence: one ratio per completion, the geometric mean over its tokens (GSPO Eq. 7; clip about 4e-4)"""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
-    """"sequence": 1/|o_i| sum_t (DeepSeekMath Eq. 3); "token": all tokens alike (DAPO Eq. 8); "constant": Dr. GRPO"""
-    advantage_scale: Literal["group", "batch", "none"] = "group"
-    """the std that divides the advantage: of the group (DeepSeekMath), of the batch, or none (Dr. GRPO)"""
+    """sequence: 1/|o_i| sum_t (DeepSeekMath Eq. 3); token: all tokens alike (DAPO Eq. 8); constant: Dr. GRPO"""
+    advantage_scale: Literal["group", "none"] = "group"
+    """what divides the advantage. group: the group's std (DeepSeekMath); none: nothing (Dr. GRPO)"""
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
-    """subtracted from the reward: the group's mean (DeepSeekMath) or the mean of the others (RLOO)"""
+    """subtracted from the reward. mean: the group's (DeepSeekMath); leave_one_out: that of the others (RLOO)"""
     mask_truncated: bool = False
     """leave completions without an EOS token out of the loss, but not out of their group (DAPO's overlong filtering)"""
     # The machine
     share_prompt: bool = True
-    """run a prompt once for all its completions in a micro-batch, as in sampling; off if the model cannot do that"""
+    """run a prompt once for all its completions in a micro-batch, as in sampling; a few models cannot do that"""
     micro_batch_tokens: int = 8192
-    """maximum tokens, with padding, in a micro-batch of the update; changes gradients only by rounding"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass instead of storing them: less memory, slower, no shared prompts"""
+    """maximum tokens, with padding, in a micro-batch of the update: less memory; changes gradients only by rounding"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute dtype; weights stay float32; auto: bfloat16 if it is fast and the model has over 10 M parameters"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto: the first of cuda, mps and cpu that is available"""
+    """compute dtype; weights stay float32; auto: bfloat16 on a GPU if the model has over 10 M parameters"""
     # The run
     seed: int = 1
     """every random number of step s follows from (seed, s)"""
     run_name: str | None = None
     """the run is kept in runs/RUN_NAME; default name: script, model, seed and time"""
-    resume: str | None = None
-    """"auto": resume RUN_NAME from its checkpoint, if it has one; or the path of a checkpoint.pt"""
+    resume: bool = False
+    """go on from the checkpoint of RUN_NAME, if it has one"""
     save_every: int = 50
     """steps between checkpoints; 0: only at the end"""
     eval_every: int = 20
@@ -172,20 +160,19 @@ INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 
 def read_prompt(problem: dict) -> str | list[dict[str, str]]:
     """The prompt of a problem, a line of --data: text, or chat messages with "role" and "content". A "prompt" is used
-    as it is; INSTRUCTION is appended to a "question". If it raises an error, the line is refused."""
+    as it is; INSTRUCTION is appended to a "question". An error ends the run with a sentence that names the line."""
     if not isinstance(problem["answer"], str) or final_number("#" + problem["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
     return problem["prompt"] if "prompt" in problem else problem["question"] + INSTRUCTION
 
 
-def final_number(text: str) -> Decimal | None:
+def final_number(text: str) -> float | None:
     """The number after the last "#", or None if there is not exactly one: a list of guesses is not an answer."""
-    words = text.replace("\N{MINUS SIGN}", "-").rpartition("#")[2].split() if "#" in text else []
-    # Words without a digit may stand beside the number, but not a lone minus sign: "- 3" is no number, nor is it 3.
-    words = [word.lstrip("*(").rstrip("*).,;:!?%") for word in words if re.search("[0-9]|^-$", word)]
-    word = words[0].replace("$", "", 1) if len(words) == 1 else ""
-    is_number = re.fullmatch(r"[-+]?(([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?|\.[0-9]+)", word)
-    return Decimal(word.replace(",", "")) if is_number else None
+    words = text.rpartition("#")[2].split() if "#" in text else []
+    words = [word.strip("*$().,;:!?%") for word in words if re.search("[0-9]", word)]
+    if len(words) == 1 and re.fullmatch(r"[-+]?[0-9][0-9,]*(\.[0-9]+)?", words[0]):
+        return float(words[0].replace(",", ""))
+    return None
 
 
 def reward(completion: str, problem: dict) -> float:
@@ -207,12 +194,12 @@ def compute_rewards(completions: list[str], problems: list[dict]) -> list[float]
 
 class Batch(NamedTuple):
     """B prompts and their N = B G completions: G to the first prompt, then G to the second, and so on. Below, B' and N'
-    are those of a part: a process's, a minibatch, or a micro-batch, which is cut to its own longest T."""
+    are those of a process, a minibatch, or a micro-batch, called a part, which is cut to its own P and T."""
 
     prompt_ids: Tensor          # (B, P), left-padded
     prompt_mask: Tensor         # (B, P), bool, true on the tokens
     completion_ids: Tensor      # (N, T), right-padded
-    completion_mask: Tensor     # (N, T), bool, true through the EOS token
+    completion_mask: Tensor     # (N, T), bool, true through EOS; a completion cut off at T is trained like any other
     sampler_logprobs: Tensor    # (N, T), from the sampler, whose weights may be bfloat16; for policy/sampler_gap
     old_logprobs: Tensor | None = None  # (N, T), and so are all below
     ref_logprobs: Tensor | None = None
@@ -220,27 +207,26 @@ class Batch(NamedTuple):
     weights: Tensor | None = None
 
 
-# ----- 1. Generate completions: o_1 .. o_G ~ pi_old(. | q) -----
+# ----- Rollout: completions o_1 .. o_G ~ pi_old(. | q) and their rewards -----
 
 
-def next_problems(problems: list, step: int, num_prompts: int, seed: int) -> list:
-    """The B problems of a step. Every pass over the data has a new random order and drops the remainder. The order
-    follows from (seed, step), so a resumed run neither skips nor repeats a problem."""
-    data_epoch, place = divmod(step, len(problems) // num_prompts)
-    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed * 1_000_003 + data_epoch))
-    return [problems[i] for i in order[place * num_prompts : (place + 1) * num_prompts].tolist()]
+def next_problems(pairs: list, step: int, num_prompts: int, seed: int) -> list:
+    """B pairs (prompt ids, problem) for a step. Every pass over the data has a new random order and drops the
+    remainder. The order follows from (seed, step), so a resumed run neither skips nor repeats a problem."""
+    data_epoch, place = divmod(step, len(pairs) // num_prompts)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 1_000_003 + data_epoch))
+    return [pairs[i] for i in order[place * num_prompts : (place + 1) * num_prompts].tolist()]
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token for each row of logits, (R, V), from softmax(logits / temperature), without top-k or top-p; the most
-    probable at temperature 0. uniforms: (R,), in [0, 1). Returns tokens and log-probabilities in nats, both (R,)."""
+    probable one at temperature 0. uniforms: (R,), in [0, 1). Returns tokens and log-probabilities, both (R,)."""
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (R, V)
     if temperature == 0:
         tokens = logp.argmax(-1)                                                            # (R,)
     else:
-        # The first token whose cumulative probability exceeds the random number. By rounding, the total is not exactly
-        # 1, and in float32 a random number just below 1 can be 1.
-        cdf = logp.exp().cumsum(-1, dtype=uniforms.dtype)                                   # (R, V)
+        # The first token whose cumulative probability exceeds a random number. By rounding, the total is not exactly 1.
+        cdf = logp.exp().cumsum(-1, dtype=torch.float64)                                    # (R, V)
         threshold = uniforms[:, None].clamp(max=1 - torch.finfo(uniforms.dtype).eps) * cdf[:, -1:]  # (R, 1)
         tokens = torch.searchsorted(cdf, threshold, right=True)[:, 0]                       # (R,)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
@@ -254,52 +240,83 @@ def generate_completions(
 
     Args: prompt_ids, prompt_mask (B, P), as in `Batch`; eos_ids (E,); uniforms (N, T), N = B G, one random number per
         token, drawn in advance, so that a completion depends neither on the other rows nor on the process.
-    Returns: completion_ids, completion_mask, logprobs: (N, T), where T is now the length of the longest completion.
+    Returns: completion_ids, completion_mask, logprobs: (N, T), where T is the length of the longest completion.
     """
-    # float64 keeps the rare tokens of a large vocabulary apart; MPS has no float64.
-    dtype = torch.float32 if prompt_ids.device.type == "mps" else torch.float64
-    uniforms = uniforms.to(prompt_ids.device, dtype)                                        # (N, T)
-    ids = prompt_ids.new_zeros(uniforms.shape)                                              # (N, T)
-    logprobs = torch.zeros_like(uniforms, dtype=torch.float32)                              # (N, T)
+    num_rows, max_new_tokens = uniforms.shape
+    ids = prompt_ids.new_zeros(num_rows, max_new_tokens)                                    # (N, T) before it is cut
+    logprobs = torch.zeros_like(ids, dtype=torch.float32)                                   # (N, T)
     running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
-    decoder = Decoder(policy, prompt_ids, prompt_mask, ids.shape)                           # repeats a prompt G times
-    for t in range(ids.shape[1]):
-        # The logits after q and o_{<t}. Rows that have ended may be among them: the mask removes their tokens.
-        rows, logits = decoder.next_logits(ids[:, :t], running)                             # (R,); (R, V)
+    decoder = Decoder(policy, prompt_ids, prompt_mask, num_rows // len(prompt_ids), max_new_tokens)
+    for t in range(max_new_tokens):
+        # R of the N rows: all that run, and some that have ended, whose tokens the mask removes.
+        rows = decoder.running_rows(running, t)                                             # (R,)
         if len(rows) == 0:
             break
+        logits = decoder.next_logits(ids[:, :t])                                            # (R, V), after q and o_{<t}
         ids[rows, t], logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
         running = running & ~torch.isin(ids[:, t], eos_ids)
     is_end = torch.isin(ids, eos_ids).long()                                                # (N, T)
-    mask = is_end.cumsum(1) - is_end == 0           # (N, T), true through the first EOS token; the rest is ignored
-    longest = int(mask.sum(1).max())
-    return tuple(x[:, :longest] for x in (ids.where(mask, 0), mask, logprobs.where(mask, 0.0)))
+    mask = is_end.cumsum(1) - is_end == 0       # (N, T), no EOS token before: true through the first, or through T
+    T = int(mask.sum(1).max())
+    return ids.where(mask, 0)[:, :T], mask[:, :T], logprobs.where(mask, 0.0)[:, :T]
 
 
-# ----- Log-probabilities: log pi(o_{i,t} | q, o_{i,<t}), for the ratio and for the KL -----
+def rollout(
+    sampler: nn.Module, pairs: list, step: int, args: Args, tokenizer: Tokenizer, eos_ids: Tensor
+) -> tuple[Batch, Tensor, Tensor]:
+    """Sample completions for B pairs (prompt ids, problem), and compute their rewards.
+
+    Returns: the batch; rewards, (N,); ended, (N,), false where a completion was cut off at max_new_tokens. With B = 2,
+    G = 2, max_new_tokens = 4 and 2 as EOS token (A and weights follow later, here as in grpo.py, with one minibatch):
+
+        prompt_ids    completion_ids     completion_mask    rewards    ended     A         weights
+        [0, 5, 6]     [21, 22,  2,  0]   [1, 1, 1, 0]       1.0        true      0.707     [1/12, 1/12, 1/12, 0]
+                      [23, 24, 25, 26]   [1, 1, 1, 1]       0.0        false    -0.707     [1/16, 1/16, 1/16, 1/16]
+        [7, 8, 9]     [21,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
+                      [22,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
+
+    The second was cut off: it is rewarded and trained like any other. In GRPO the last group teaches only the KL.
+    """
+    # Each process samples for its own share of the prompts; all_gather gives every process the whole batch.
+    random_numbers = torch.manual_seed(args.seed * 1_000_003 + step)
+    random.seed(f"{args.seed} {step}")                  # a reward may draw, too
+    shape = args.num_prompts * args.group_size, args.max_new_tokens
+    uniforms = torch.rand(shape, dtype=torch.float64, generator=random_numbers).to(eos_ids.device)  # (N, T)
+    prompt_ids, prompt_mask = pad_prompts([prompt for prompt, _ in pairs], eos_ids.device)  # (B, P), each
+    ids, mask, logprobs = generate_completions(
+        sampler, own_share(prompt_ids), own_share(prompt_mask), own_share(uniforms), args.temperature, eos_ids
+    )
+    problems = [problem for _, problem in own_share(pairs) for _ in range(args.group_size)]  # each G times
+    texts = decode(tokenizer, ids, mask, eos_ids)
+    rewards = all_gather(checked_rewards(texts, problems, eos_ids.device))                  # (N,), r_i
+    batch = Batch(prompt_ids, prompt_mask, all_gather(ids), all_gather(mask), all_gather(logprobs))
+    ended = (torch.isin(batch.completion_ids, eos_ids) & batch.completion_mask).any(-1)     # (N,)
+    return batch, rewards, ended
+
+
+# ----- Score: log pi(o_{i,t} | q, o_{i,<t}), for the ratio and for the KL -----
 
 
 def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's output in every state s_t = (q, o_{<t}), (N, T, V): logits that predict o_t, or V = 1 value."""
-    if len(batch.prompt_ids) < len(batch.completion_ids):
-        return predict_shared(model, batch)  # the same, but each prompt runs once for its completions: see SPEED
-    # Here every completion has a copy of its prompt: B = N. Both in one row, padding last, so that the model needs
-    # neither mask nor positions.
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                         # (N, P + T)
-    ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
-    ids = pad_sequence(ids, batch_first=True)                                               # (N, L)
-    # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
-    t = torch.arange(batch.completion_ids.shape[1], device=ids.device)                      # (T,)
-    before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)   # (N, T), any in the padding
-    # Two-dimensional logits_to_keep: the positions of each row that are projected to logits.
-    return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits              # (N, T, V)
+    """The model's logits in every state s_t = (q, o_{<t}), which predict o_t: (N, T, V)."""
+    if len(batch.prompt_ids) == len(batch.completion_ids):  # every completion has a copy of its prompt
+        # Both in one row, with the padding last, so that the model needs neither mask nor positions.
+        mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                     # (N, P + T)
+        rows = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
+        ids = pad_sequence(rows, batch_first=True)                                          # (N, L)
+        # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
+        t = torch.arange(batch.completion_ids.shape[1], device=ids.device)                  # (T,)
+        before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)  # (N, T), padding: any
+        # Two-dimensional logits_to_keep: the positions of each row that are projected to logits.
+        return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits          # (N, T, V)
+    return predict_shared(model, batch)  # the same, but a prompt runs once for all its completions: see SPEED
 
 
 def completion_logprobs(
     policy: nn.Module, batch: Batch, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding. A bonus for
-    the entropy (PPO Eq. 9) needs its gradient, which costs memory; a metric does not."""
+    """log pi(o_t | q, o_{<t}) and the entropy of pi(. | q, o_{<t}), both (N, T), in nats, 0 in the padding.
+    Without entropy_gradient, which costs memory, the entropy is only a metric."""
     logits = predict_completions(policy, batch)                                             # (N, T, V)
     assert logits.shape[:2] == batch.completion_ids.shape, "the model ignores logits_to_keep"
     # A log-probability near -6 would be off by up to 0.016 in bfloat16, so log_softmax runs in float32.
@@ -310,14 +327,13 @@ def completion_logprobs(
     return logprobs.where(batch.completion_mask, 0.0), entropy.where(batch.completion_mask, 0.0)
 
 
-# ----- 3. and 4. The loss: DeepSeekMath Eq. 3, with kl_estimate of kl.py (2. is group_advantages in advantage.py) -----
+# ----- Update: the loss, DeepSeekMath Eq. 3 (advantages: advantage.py; the KL: kl.py) -----
 
 
 def loss_weights(token_mask: Tensor, loss_average: str, max_new_tokens: int) -> Tensor:
     """The weight of each token in the loss: (..., T), 0 where token_mask, (..., T), is false.
 
-    The weights are computed over the whole batch of N completions. The losses and gradients of micro-batches therefore
-    add up to those of the batch, however it is split.
+    The weights divide by the whole batch, so that the losses and gradients of its parts add up, however it is split.
 
         "sequence"  1/N 1/|o_i|               every completion counts the same (DeepSeekMath Eqs. 1 and 3)
         "token"     1 / sum_i |o_i|           every token counts the same, so long completions count more (DAPO Eq. 8)
@@ -325,14 +341,13 @@ def loss_weights(token_mask: Tensor, loss_average: str, max_new_tokens: int) -> 
     """
     # Differs: DAPO averages over the tokens of a group, then over groups. Here, as is usual, over all tokens at once.
     mask = token_mask.float()                                                               # (..., T)
-    num_completions = mask[..., 0].numel()
+    num_completions = mask[..., 0].numel()      # N, with rows that are false throughout
     if loss_average == "sequence":
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / num_completions
     if loss_average == "token":
         return mask / mask.sum().clamp(min=1)
-    if loss_average == "constant":
-        return mask / (num_completions * max_new_tokens)
-    raise ValueError(f"loss_average must be one of sequence, token, constant, got {loss_average!r}")
+    assert loss_average == "constant", loss_average
+    return mask / (num_completions * max_new_tokens)
 
 
 def grpo_loss(
@@ -350,12 +365,11 @@ def grpo_loss(
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == completion_mask.shape == weights.shape
     assert ref_logprobs is None or ref_logprobs.shape == logprobs.shape
-    if ratio_level not in ("token", "sequence"):
-        raise ValueError(f"ratio_level must be one of token, sequence, got {ratio_level!r}")
+    assert ratio_level in ("token", "sequence"), ratio_level
     # The padding is masked before exp: an overflow there would make its gradient NaN instead of 0.
     log_ratio = (logprobs - old_logprobs).where(completion_mask, 0.0)                       # (..., T)
     advantages = advantages.where(completion_mask, 0.0)                                     # (..., T)
-    token_ratio = ratio = log_ratio.exp()                                                   # w_{i,t}, PPO Eq. 6
+    token_ratio = ratio = log_ratio.exp()                                                   # (..., T), w, PPO Eq. 6
     if ratio_level == "sequence":
         # GSPO Eq. 7: s_i = (pi_theta(o_i) / pi_old(o_i))^(1 / |o_i|), one for all tokens of o_i; Eq. 5 clips it.
         lengths = completion_mask.sum(-1, keepdim=True).clamp(min=1)                        # (..., 1), |o_i|
@@ -364,7 +378,8 @@ def grpo_loss(
     # PPO Eq. 7, a pessimistic bound: the gradient is 0 only where the ratio has left the clip range in the direction in
     # which the advantage pushes it.
     unclipped = ratio * advantages                                                          # (..., T)
-    clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high)) * advantages
+    eps_high = clip_eps if clip_eps_high is None else clip_eps_high
+    clipped = ratio.clamp(1 - clip_eps, 1 + eps_high) * advantages                          # (..., T)
     objective = torch.minimum(unclipped, clipped)                                           # (..., T)
 
     # In Eq. 3 the KL stands outside min and clip. Eq. 4 is k3.
@@ -373,8 +388,7 @@ def grpo_loss(
         kl = kl_estimate(logprobs.where(completion_mask, 0.0), ref_logprobs.where(completion_mask, 0.0), kl_estimator)
         if kl_importance_weight:
             kl = token_ratio * kl  # DeepSeek-V3.2: k1 and k3 now have the gradient of KL[pi_theta, pi_ref], see kl.py
-        if beta:  # if it is 0, the KL is only a metric
-            objective = objective - beta * kl                                               # (..., T)
+        objective = objective - beta * kl                                                   # (..., T)
 
     loss = -(objective * weights).sum()                                                     # scalar, -J
     approx_kl = torch.expm1(log_ratio) - log_ratio   # (..., T), k3 of KL[pi_old, pi_theta]: pi_old sampled the tokens
@@ -399,17 +413,20 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     """Train a policy. Returns its folder, in Hugging Face format. Setting `stop` ends the run after its step."""
     args = check_args(args)
     device = start(args)
-    tokenizer, eos_ids, problems, held_out = load_problems(args, device)
     policy = load_policy(args.model, device)            # dropout is off: with it, the first ratio would not be 1
-    ref_policy = copy.deepcopy(policy).requires_grad_(False) if args.beta else None         # no KL, no reference
-    args, sampler = prepare(args, policy, [ref_policy], problems)  # tries and shards all models: before AdamW
+    tokenizer, eos_ids, pairs, held_out = load_problems(args, policy)                       # pairs: (ids, problem)
+    check_policy(policy, pairs, args)                   # it must score as it samples
+    args = replace(args, dtype=choose_dtype(policy, args.dtype))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    sampler = make_sampler(policy, args.dtype)
+    ref_policy = shard(copy.deepcopy(policy).requires_grad_(False)) if args.beta else None  # no KL, no reference
+    policy = shard(policy)                              # over the processes; before AdamW
     # Differs: a constant learning rate, and `optimizer_step` clips the gradient.
-    optimizer = torch.optim.AdamW(policy.parameters(), args.learning_rate, weight_decay=0.0, fused=True)
+    learning_rate = args.learning_rate or (5e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
+    optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None)}              # what a checkpoint holds
-    run = Run(args, tokenizer, eos_ids, problems, held_out, sampler, models, betas={}, stop=stop)
-    # One update per minibatch of prompts. Minibatches are never reshuffled.
-    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)                # each (B',)
+    run = Run(args, tokenizer, eos_ids, held_out, sampler, models, betas={}, stop=stop)
+    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # each (B',) prompts; never reshuffled
     score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # (N', T)
     for step in run.bar:                                # from 0, or the checkpoint's step, through num_steps
         if run.evaluate_and_save(step):                 # when it is due; true after the last step or a signal
@@ -419,47 +436,33 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
             ref_policy.load_state_dict(policy.state_dict())                                 # pi_ref <- pi_theta
         refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta
 
-        # ---- 1. Generate G completions o_i ~ pi_old(. | q) per prompt q, and compute their rewards r_i ----
-        chosen = next_problems(problems, step, args.num_prompts, args.seed)                 # B pairs (prompt, problem)
-        prompt_ids, prompt_mask = pad_prompts([prompt for prompt, _ in chosen], device)     # (B, P), each
-        shape = args.num_prompts * args.group_size, args.max_new_tokens
-        uniforms = torch.rand(shape, dtype=torch.float64, generator=reseed(args.seed, step))  # (N, T)
-        # Each process does its own part of the prompts. After `all_gather` every process has all N completions.
-        own_ids, own_mask, own_logprobs = generate_completions(
-            sampler, own_part(prompt_ids), own_part(prompt_mask), own_part(uniforms), args.temperature, eos_ids
-        )
-        own_problems = [problem for _, problem in own_part(chosen) for _ in range(args.group_size)]
-        own_rewards = run.guard(compute_rewards, decode(tokenizer, own_ids, own_mask, eos_ids), own_problems)
-        rewards = all_gather(own_rewards)                                                   # (N,), r_i
-        batch = Batch(prompt_ids, prompt_mask, *(all_gather(x) for x in (own_ids, own_mask, own_logprobs)))
-        ended = (torch.isin(batch.completion_ids, eos_ids) & batch.completion_mask).any(-1)  # (N,)
-        run.lap("time/sample")
+        # ---- 1. Rollout: G completions o_i ~ pi_old(. | q) per prompt q, and their rewards r_i ----
+        # Differs: in bfloat16 the sampler's weights are rounded, which policy/sampler_gap shows and nothing corrects.
+        chosen = next_problems(pairs, step, args.num_prompts, args.seed)                    # B pairs
+        batch, rewards, ended = rollout(sampler, chosen, step, args, tokenizer, eos_ids)
 
-        # ---- 2. The group-relative advantage (4.1.2): how much better than its group was each completion? ----
+        # ---- 2. Advantage: how much better than its group was each completion (4.1.2)? ----
         groups = rewards.view(-1, args.group_size)                                          # (B, G)
-        advantages = group_advantages(groups, args.advantage_scale, args.advantage_baseline)  # (B, G)
+        per_completion = group_advantages(groups, args.advantage_scale, args.advantage_baseline)  # (B, G), A_i
+        # Every token of o_i gets A_i.
+        advantages = per_completion.view(-1, 1).expand_as(batch.completion_mask)            # (N, T)
 
-        # ---- 3. For the KL (Eq. 4, in grpo_loss) and the ratio: the same tokens under pi_ref and pi_old ----
+        # ---- 3. Score: the same tokens under pi_ref, for the KL, and under pi_old, for the ratio; no gradient ----
+        # pi_old is the trainer's own forward pass before the first update, on the micro-batches of the update: the
+        # first ratio is exactly 1. With a single update per step it is logprobs.detach() in step 4, for free.
         with torch.no_grad(), autocast:
             if ref_policy:
-                ref_logprobs = score_batch(score, ref_policy, batch, minibatches, args)     # (N, T)
-                batch = batch._replace(ref_logprobs=ref_logprobs)
-            # pi_old is the trainer's own forward pass under the weights that sampled, on the micro-batches of the
-            # update, so that the first ratio is exactly 1. With a single update, logprobs.detach() in step 4 is that.
-            if len(minibatches) * args.update_epochs > 1 or args.kl_placement == "reward":
-                old_logprobs = score_batch(score, policy, batch, minibatches, args)         # (N, T)
-                batch = batch._replace(old_logprobs=old_logprobs)
-        if ref_policy and args.kl_placement == "reward":
-            # Eq. 3 has the KL in the loss. Here, as in PPO for RLHF, it is taken off the reward: step 2 once more.
-            kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, args.kl_estimator)     # (N, T)
-            shaped = groups - args.beta * kl.sum(-1).view_as(groups)                        # (B, G)
-            advantages = group_advantages(shaped, args.advantage_scale, args.advantage_baseline)  # (B, G)
+                batch = batch._replace(ref_logprobs=score_batch(score, ref_policy, batch, minibatches, args))  # (N, T)
+            if args.update_epochs * args.num_minibatches > 1:
+                batch = batch._replace(old_logprobs=score_batch(score, policy, batch, minibatches, args))  # (N, T)
 
-        # ---- 4. The clipped loss plus beta times the KL (Eq. 3), and the update, mu times ----
+        # ---- 4. Update: mu passes, on the clipped loss plus beta times the KL (Eq. 3) ----
         # The weights divide by the whole batch. A minibatch is 1 / num_minibatches of it, hence the factor.
-        counted = batch.completion_mask & ended[:, None] if args.mask_truncated else batch.completion_mask  # (N, T)
+        counted = batch.completion_mask                                                     # (N, T)
+        if args.mask_truncated:                         # else a completion that was cut off counts like any other
+            counted = counted & ended[:, None]
         weights = args.num_minibatches * loss_weights(counted, args.loss_average, args.max_new_tokens)  # (N, T)
-        batch = batch._replace(advantages=advantages.view(-1, 1).expand_as(weights), weights=weights)
+        batch = batch._replace(advantages=advantages, weights=weights)
         metrics = Metrics()
         for _ in range(args.update_epochs):
             for minibatch in minibatches:
@@ -468,106 +471,126 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
                     with autocast:
                         logprobs, entropy = completion_logprobs(policy, part, args.temperature)  # (N', T), each
                     old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs  # (N', T)
-                    loss, per_token = grpo_loss(
+                    loss, curves = grpo_loss(
                         logprobs, old_logprobs, part.ref_logprobs, part.advantages, part.completion_mask, part.weights,
-                        beta=args.beta if args.kl_placement == "loss" else 0.0,
-                        clip_eps=args.clip_eps, clip_eps_high=args.clip_eps_high, ratio_level=args.ratio_level,
-                        kl_estimator=args.kl_estimator, kl_importance_weight=args.kl_importance_weight,
+                        args.beta, args.clip_eps, args.clip_eps_high, args.ratio_level, args.kl_estimator,
+                        args.kl_importance_weight,
                     )
                     loss.backward()
                     gap = (old_logprobs - part.sampler_logprobs).abs()                      # (N', T)
-                    metrics.add(part.completion_mask, loss, entropy=entropy, sampler_gap=gap, **per_token)
+                    metrics.add(part.completion_mask, loss, entropy=entropy, sampler_gap=gap, **curves)
                 metrics.grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm))
 
         run.log_step({
             "reward/mean": rewards.mean(),
-            "reward/std": rewards.view(-1, args.group_size).std(1).mean(),
+            "reward/std": groups.std(1).mean(),
             "completion/length": batch.completion_mask.sum(-1).float().mean(),
             "completion/truncated": 1 - ended.float().mean(),
             **metrics.means("policy"),
         })
-    return run.finish()
+    return run.folder / "policy"
 
 
 # ==================================== SPEED =====================================
 # The same numbers, up to rounding, in less time or memory. The docstrings say which plain thing a function stands for.
-# The last functions try the models before training.
 
-STOP_TEST_EVERY = 4  # tokens between tests for ended rows: a test waits for the device, dropping rows copies the cache
+STOP_TEST_EVERY = 4  # tokens between tests for ended rows, because a test waits for the device
 
 
 class Decoder:
     """Logits of the next token for N = B G rows. Stands for `policy(torch.cat([prompts, ids], 1)).logits[:, -1]` with
     each prompt repeated G times: a cache keeps the keys and values of all tokens before, and ended rows leave it."""
 
-    can_record = True  # until a model's step could not be recorded
-
-    def __init__(self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, shape: tuple[int, int]):
-        """prompt_ids, prompt_mask: (B, P); shape: N and the maximum of tokens, T."""
-        self.policy, self.prompt_ids, self.prompt_mask, self.graph_step = policy, prompt_ids, prompt_mask, None
-        self.rows = torch.arange(shape[0], device=prompt_ids.device)                        # (R,), those in the cache
-        self.prompts = self.rows * len(prompt_ids) // len(self.rows)                        # (N,), of each completion
+    def __init__(
+        self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int, max_new_tokens: int
+    ):
+        self.policy, self.prompt_ids, self.prompt_mask = policy, prompt_ids, prompt_mask    # (B, P)
+        prompts = torch.arange(len(prompt_ids), device=prompt_ids.device)                   # (B,)
+        self.prompts = prompts.repeat_interleave(group_size)                                # (N,), of each row
+        self.rows = torch.arange(len(self.prompts), device=prompt_ids.device)               # (R,), those in the cache
         self.lengths = prompt_mask.sum(1)[self.prompts]                                     # (R,), of the prompts
-        self.visible = nn.functional.pad(prompt_mask[self.prompts].long(), (0, shape[1]), value=1)  # (R, P + T)
+        self.visible = nn.functional.pad(prompt_mask[self.prompts].long(), (0, max_new_tokens), value=1)  # (R, P + T)
         # Of fixed size, if the model can use such a cache: else every token waits for the device.
         self.cache = StaticCache(policy.config, self.visible.shape[1]) if policy._can_compile_fullgraph else None
+        self.can_record, self.recorded_step = False, None       # until the prompts have run
 
-    def next_logits(self, ids: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
-        """ids: (N, t), all tokens so far; running: (N,), rows that have not ended. Returns the rows in the cache, (R,),
-        none if all have ended, and their logits, (R, V)."""
-        t = ids.shape[1]
-        if t == 0:
-            return self.rows, self.run_prompts()
+    def running_rows(self, running: Tensor, t: int) -> Tensor:
+        """Every few tokens, drop the rows that have ended. running: (N,). Returns the rows in the cache, (R,)."""
         if t % STOP_TEST_EVERY == 0:
             kept = running[self.rows].nonzero()[:, 0]                                       # of the R rows
-            if len(kept) == 0:
-                return kept, self.visible[:0]
-            if len(kept) < len(self.rows) / (2 if self.use_graph else 1):  # a graph must be recorded again
+            # Dropping copies the cache, and a step must then be recorded again.
+            if len(kept) < len(self.rows) / (2 if self.can_record else 1):
                 self.rows, self.lengths, self.visible = self.rows[kept], self.lengths[kept], self.visible[kept]
                 self.cache.reorder_cache(kept)
-                self.graph_step = None
-        tokens, position_ids = ids[self.rows, -1], self.lengths[:, None] + t - 1            # (R,); (R, 1)
-        if self.use_graph and t > 1:  # the first step has loaded the kernels
-            try:
-                self.graph_step = self.graph_step or record_step(self.policy, self.visible, position_ids, self.cache)
-                return self.rows, self.graph_step(tokens)
-            except RuntimeError as error:
-                Decoder.can_record = self.use_graph = False
-                say(f"A step of sampling cannot be recorded as a CUDA graph, so this model samples without: {error}")
-        visible = self.visible[:, : self.prompt_ids.shape[1] + t]
-        output = self.policy(tokens[:, None], attention_mask=visible, position_ids=position_ids, cache=self.cache,
-                             use_cache=True)
-        return self.rows, output.logits[:, -1]
+                self.recorded_step = None
+        return self.rows
+
+    def next_logits(self, ids: Tensor) -> Tensor:
+        """ids: (N, t), all tokens so far. Returns the logits of the next ones, for the rows in the cache, (R, V)."""
+        t = ids.shape[1]
+        if t == 0:
+            return self.run_prompts()
+        tokens, position_ids = ids[self.rows, -1:], self.lengths[:, None] + t - 1           # (R, 1), each
+        if self.can_record and t > 1:  # the step at t = 1, below, has loaded the kernels
+            if self.recorded_step is None:
+                self.recorded_step = record_step(self.policy, self.visible, position_ids, self.cache)
+            return self.recorded_step(tokens)
+        visible = self.visible[:, : self.prompt_ids.shape[1] + t]                           # (R, P + t)
+        with note_waits(self.can_record) as waits:
+            output = self.policy(tokens, attention_mask=visible, position_ids=position_ids, cache=self.cache,
+                                 use_cache=True)
+        self.can_record = self.can_record and not waits
+        return output.logits[:, -1]
 
     def run_prompts(self) -> Tensor:
         """Run every prompt once and repeat its keys and values G times. Returns the first logits, (N, V)."""
         position_ids = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)            # positions must ignore left padding
         output = self.policy(self.prompt_ids, attention_mask=self.prompt_mask.long(), position_ids=position_ids,
                              cache=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = getattr(output, "cache", None)
-        assert self.cache, "it has no cache of keys and values"
+        self.cache = output.cache
         self.cache.reorder_cache(self.prompts)
         # On a GPU, starting the kernels of a step from Python takes longer than running them: record it, replay it.
-        layers = getattr(self.cache, "layers", ())                              # a cache for encoders, too, has none
-        self.use_graph = self.can_record and self.rows.is_cuda and {type(x) for x in layers} == {StaticLayer}
+        # Other kinds of layers, such as sliding windows, count tokens in Python, which a recording would not repeat.
+        self.can_record = self.rows.is_cuda and all(type(layer) is StaticLayer for layer in self.cache.layers)
         return output.logits[self.prompts, -1]
 
 
+@contextlib.contextmanager
+def note_waits(on_gpu: bool) -> Iterator[list]:
+    """Collect torch's warnings of a step that waits for the GPU. Such a step cannot be recorded, and must not be tried:
+    after a recording that fails, torch records no other."""
+    if not on_gpu:
+        yield []
+        return
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        yield waits
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache: StaticCache) -> Callable:
-    """A step of `Decoder` as a CUDA graph: a function of the last tokens, (R,), that returns the logits, (R, V). Every
-    call reads and writes the same memory: the tokens, the positions, the cache, the logits."""
+    """A step of `Decoder` as a CUDA graph: a function of the last tokens, (R, 1), that returns the logits, (R, V).
+    Every call reads and writes the same memory: the tokens, the positions, the cache, the logits."""
     tokens, graph = torch.zeros_like(position_ids), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         logits = policy(tokens, attention_mask=visible, position_ids=position_ids, cache=cache, use_cache=True).logits
 
     def step(new_tokens: Tensor) -> Tensor:
         """Replay it, one token further."""
-        tokens.copy_(new_tokens[:, None])  # where it reads them
+        tokens.copy_(new_tokens)  # where it reads them
         graph.replay()
         position_ids.add_(1)
         return logits[:, -1]
 
     return step
+
+
+def choose_dtype(policy: nn.Module, dtype: str) -> str:
+    """Resolve --dtype auto."""
+    is_fast = policy.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    auto = "bfloat16" if is_fast and policy.num_parameters() > 10_000_000 else "float32"
+    return auto if dtype == "auto" else dtype
 
 
 def make_sampler(policy: nn.Module, dtype: str) -> nn.Module:
@@ -668,78 +691,8 @@ def score_batch(score: Callable, model: nn.Module, batch: Batch, minibatches: tu
     return all_sum(result)
 
 
-def prepare(args: Args, policy: nn.Module, others: list, problems: list) -> tuple[Args, nn.Module]:
-    """Try the models, choose --dtype and whether prompts are shared, and shard all over the processes. Returns the
-    arguments with these choices, and the model that samples."""
-    models, dtype = [model for model in (*others, policy) if model is not None], choose_dtype(policy, args.dtype)
-    sampler, trial = make_sampler(policy, dtype), trial_batch(policy, problems, args)
-    check_models(policy, sampler, models, trial, replace(args, dtype=dtype))
-    args = replace(args, dtype=dtype, share_prompt=can_share_prompt(policy, trial, args))
-    for model in models:
-        shard(model, args.gradient_checkpointing)
-    return args, sampler
-
-
-def trial_batch(policy: nn.Module, problems: list, args: Args) -> Batch:
-    """Two prompts of random tokens, one as long as the longest of training, each twice, and a completion of each."""
-    vocab_size, device = policy.config.get_text_config().vocab_size, policy.device
-    longest = max(len(prompt) for prompt, _ in problems)
-    width = max(2, min(args.max_new_tokens, max_logits(device) // vocab_size // 4))
-    ids = torch.randint(vocab_size, (4, longest + width), generator=reseed(0, 0))
-    prompts = pad_prompts([ids[0, :longest].tolist(), ids[1, : longest // 4 + 1].tolist()], device)
-    mask = (torch.arange(width) < torch.tensor([[width], [width // 2], [1], [width]])).to(device)  # (4, width)
-    return Batch(*(x.repeat_interleave(2, 0) for x in prompts), ids[:, longest:].to(device), mask, mask.float())
-
-
-@torch.no_grad()
-def check_models(policy: nn.Module, sampler: nn.Module, models: list, trial: Batch, args: Args) -> None:
-    """Refuse models that cannot run the longest rows in --dtype, and a policy that scores otherwise than it samples."""
-    how = "" if args.dtype == "float32" else f" with --dtype {args.dtype}"
-    with together(), as_user_error(f"--model {args.model} cannot be trained here{how}"):
-        # Every eighth token ends a completion, so that some end early.
-        eos_ids = torch.arange(0, policy.config.get_text_config().vocab_size, 8, device=policy.device)
-        uniforms = torch.rand((4, min(trial.completion_ids.shape[1], 8)), generator=reseed(0, 1))
-        prompts = trial.prompt_ids[::2], trial.prompt_mask[::2]                             # (2, P), each once
-        ids, mask, logprobs = generate_completions(policy, *prompts, uniforms, 1.0, eos_ids)
-        scored, _ = completion_logprobs(policy, Batch(*trial[:2], ids, mask, logprobs), 1.0)
-        gap = (scored - logprobs).abs().max().item()
-        if not gap < 1e-3:
-            raise ValueError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats")
-        generate_completions(sampler, *prompts, uniforms, 1.0, eos_ids)
-        with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            for model in models:
-                predict_completions(model, trial)
-
-
-@torch.no_grad()
-def can_share_prompt(policy: nn.Module, trial: Batch, args: Args) -> bool:
-    """Whether the update can run a prompt once for all its completions; a model with linear attention cannot."""
-    if not args.share_prompt or args.group_size == 1 or args.gradient_checkpointing:  # it would fill a cache twice
-        return False
-    shared = trial._replace(prompt_ids=trial.prompt_ids[::2], prompt_mask=trial.prompt_mask[::2])
-    try:
-        gap = completion_logprobs(policy, shared, 1.0)[0] - completion_logprobs(policy, trial, 1.0)[0]
-        reason = f"its log-probabilities would be off by {gap.abs().max().item():.2g} nats"
-        if gap.abs().max() < 1e-3:
-            return True
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except Exception as error:  # a model without support can raise anything
-        reason = str(error) or repr(error)
-    say(f"This model cannot share a prompt in the update, so each completion gets its own: {reason}.")
-    return False
-
-
-def choose_dtype(policy: nn.Module, dtype: str) -> str:
-    """Resolve --dtype auto."""
-    on_gpu = policy.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    on_cpu = policy.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-    auto = "bfloat16" if (on_gpu or on_cpu) and policy.num_parameters() > 10_000_000 else "float32"
-    return auto if dtype == "auto" else dtype
-
-
 # ================================== PLUMBING ====================================
-# Files, models from disk, processes, checkpoints, curves, signals, and one sentence for every mistake of the user.
+# Files, models from disk, processes, checkpoints, curves, signals, and one sentence for a wrong flag, line or model.
 
 
 class UserError(Exception):
@@ -753,136 +706,118 @@ def as_user_error(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error) or repr(error)
-        raise UserError(f"{what}: {reason}") from None
+        raise UserError(f"{what}: {' '.join(reason.split())}") from None
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A user error inside, in any process, is one of all processes. The first process says it."""
-    failure = ""
-    try:
-        yield
-    except UserError as error:
-        failure = str(error)
-    if failures := [text for text in all_gather_objects(failure) if text]:
-        raise UserError(failures[0])
-
-
-LEARNING_RATES = {"learning_rate": (5e-4, 1e-6)}  # of the tiny model, of others
-LEAST = {  # other numbers are positive; a group of one has nothing to be compared with
-    "group_size": 2, "temperature": 1e-3, "beta": 0, "ref_refresh_every": 0, "seed": 0, "save_every": 0, "eval_every": 0
-}
-MOST = {"num_prompts": 2**20, "group_size": 2**16, "clip_eps": 1}
-NO_EFFECT = [  # what switches other flags off, whether it does, and those flags
-    ("--beta 0", lambda args: args.beta == 0, "kl_estimator kl_placement kl_importance_weight ref_refresh_every"),
-    ("--kl-placement reward", lambda args: args.kl_placement == "reward", "kl_importance_weight"),
-]
+# The smallest values; other numbers are positive. A group of one has nothing to be compared with.
+LEAST = {"group_size": 2, "beta": 0, "ref_refresh_every": 0, "seed": 0, "save_every": 0, "eval_every": 0}
 
 
 def check_args(args: Args) -> Args:
     """Fill in defaults that depend on other arguments, and reject invalid values."""
-    for name, (of_tiny, of_others) in LEARNING_RATES.items():
-        if getattr(args, name) is None:
-            args = replace(args, **{name: of_tiny if Path(args.model).resolve() == TINY else of_others})
-    if args.eval_data is None and Path(args.data).resolve() == TINY / "train.jsonl":
+    if args.eval_data is None and args.data == str(TINY / "train.jsonl"):
         args = replace(args, eval_data=str(TINY / "test.jsonl"))
     for name, value in vars(args).items():
-        if type(value) not in (int, float):
-            continue
-        flag, least, most = f"--{name.replace('_', '-')}", LEAST.get(name), MOST.get(name, 2**31 - 1)
-        if not (value > 0 if least is None else value >= least):  # NaN, too
-            raise UserError(f"{flag} must be {'positive' if least is None else f'at least {least}'}, got {value}")
-        if value > most:
-            raise UserError(f"{flag} must be at most {most}, got {value}")
-    for switch, is_set, names in NO_EFFECT:
-        for name in names.split():
-            if is_set(args) and getattr(args, name) != getattr(Args, name):
-                raise UserError(f"--{name.replace('_', '-')} has no effect with {switch}")
-    name = args.run_name
-    if name is not None and (name in ("", "..") or Path(name).name != name or not name.isprintable()):
-        raise UserError(f"--run-name must be the name of a folder in runs/, got {name!r}")
-    if args.resume == "auto" and not name:
-        raise UserError("--resume auto needs the --run-name of the run to resume")
+        flag = f"--{name.replace('_', '-')}"
+        if name in LEAST and not value >= LEAST[name]:
+            raise UserError(f"{flag} must be at least {LEAST[name]}, got {value}")
+        if name not in LEAST and type(value) in (int, float) and not value > 0:  # NaN, too
+            raise UserError(f"{flag} must be positive, got {value}")
+    if args.kl_importance_weight and args.kl_estimator == "k2":
+        raise UserError("--kl-importance-weight needs k1 or k3: weighted k2 does not have the gradient of the KL")
+    for name, choices in get_type_hints(Args).items():  # tyro checks them, a caller from Python may not
+        if get_origin(choices) is Literal and getattr(args, name) not in get_args(choices):
+            raise UserError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(args, name)!r}")
+    if args.resume and not args.run_name:
+        raise UserError("--resume needs the --run-name of the run to resume")
     return args
 
 
 # ----- Problems: prompts and texts -----
 
 
-@together()
-def load_problems(args: Args, device: torch.device) -> tuple[Tokenizer, Tensor, list, list]:
-    """The tokenizer; every id that ends a completion, (E,); the training and the held-out problems, each as a pair of
-    its prompt's ids and its line."""
-    with as_user_error(f"--model {args.model} is neither a model folder nor a reachable hub id"):
+def load_problems(args: Args, policy: nn.Module) -> tuple[Tokenizer, Tensor, list, list]:
+    """The tokenizer; all ids that end a completion, (E,); training and held-out problems, as pairs (ids, problem)."""
+    with as_user_error(f"--model {args.model}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)  # neither run its code, nor ask
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False).get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or 0                   # 0 and -1: no limit
-        most_tokens = (positions if positions > 0 else math.inf) - args.max_new_tokens
-        ropes = getattr(config, "rope_parameters", None) or {}
-        for rope in (ropes, *ropes.values()):  # one, or one for each kind of layer
-            if isinstance(rope, dict) and rope.get("rope_type") == "longrope":  # longer rows change all positions
-                most_tokens = min(most_tokens, rope["original_max_position_embeddings"] - args.max_new_tokens)
-        sources, eos_ids = [config, tokenizer], set()
-        with contextlib.suppress(OSError):  # many models have no generation_config.json
-            sources.append(GenerationConfig.from_pretrained(args.model))
-        for ends in (getattr(source, "eos_token_id", None) for source in sources):
-            eos_ids |= set(ends if isinstance(ends, list) else [ends])
-        eos_ids = sorted(i for i in eos_ids if i is not None and 0 <= i < config.vocab_size)
+    eos_ids = end_tokens(tokenizer, policy)
     if not eos_ids:
         raise UserError(f"--model {args.model}: it has no EOS token, so its completions could never end")
-    read = lambda path: read_problems(path, tokenizer, eos_ids, config.vocab_size, most_tokens)
-    problems = read(args.data)
-    if args.eval_data:
-        held_out = read(args.eval_data)
-    else:  # a tenth of the prompts, drawn at random, always the same
-        random.Random(0).shuffle(problems)
-        prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in problems))
-        chosen = set(prompts[: min(256, len(prompts) // 10 + 1, len(prompts) - 1)])
-        held_out = [problem for problem in problems if tuple(problem[0]) in chosen] or problems[:1]
-        problems = [problem for problem in problems if tuple(problem[0]) not in chosen]
-    trained = {tuple(prompt) for prompt, _ in problems}
-    if repeated := sum(tuple(prompt) in trained for prompt, _ in held_out):
+    config = policy.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 0                       # 0 and -1: no limit
+    most_tokens = (positions if positions > 0 else math.inf) - args.max_new_tokens
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # one, or one for each kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":  # longer rows change all positions
+            most_tokens = min(most_tokens, rope["original_max_position_embeddings"] - args.max_new_tokens)
+    pairs = read_problems(args.data, tokenizer, most_tokens)
+    if args.eval_data is not None:
+        held_out = read_problems(args.eval_data, tokenizer, most_tokens)
+    else:
+        random.Random(0).shuffle(pairs)  # always the same tenth
+        num_held_out = min(256, len(pairs) // 10 + 1)
+        held_out, pairs = pairs[:num_held_out], pairs[num_held_out:]
+    trained = {tuple(prompt) for prompt, _ in pairs}
+    repeated = sum(tuple(prompt) in trained for prompt, _ in held_out)
+    if repeated:
         say(f"{repeated} of {len(held_out)} held-out problems have a prompt that is trained on, too")
-    if len(problems) < args.num_prompts:
-        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(problems)} training problems, "
+    if len(pairs) < args.num_prompts:
+        raise UserError(f"--num-prompts {args.num_prompts} is more than the {len(pairs)} training problems, "
                         f"{len(held_out)} being held out")
-    return tokenizer, torch.tensor(eos_ids, device=device), problems, held_out
+    return tokenizer, torch.tensor(eos_ids, device=policy.device), pairs, held_out
 
 
-def read_problems(path: str, tokenizer: Tokenizer, eos_ids: list, vocab_size: int, most: float) -> list:
-    """JSON lines as pairs of prompt ids and line; `read_prompt` says what a line must hold."""
-    problems = []
-    with as_user_error(f"cannot read {path}"):
-        lines = Path(path).read_bytes().split(b"\n")
+def end_tokens(tokenizer: Tokenizer, policy: nn.Module) -> list[int]:
+    """Every id that ends a completion: the EOS tokens of the tokenizer and of the model, and the special token that a
+    chat template writes behind an answer, which base models do not always name."""
+    ends = policy.generation_config.eos_token_id  # of generation_config.json, or else of config.json
+    eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+        with as_user_error("the chat template cannot write a question and an answer"):
+            behind = tokenizer.apply_chat_template(chat, tokenize=False).partition("ANSWER")[2]
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        eos_ids |= set(tokenizer(behind, add_special_tokens=False).input_ids[:1]) & special
+    vocab_size = policy.config.get_text_config().vocab_size
+    return sorted(i for i in eos_ids if i is not None and 0 <= i < vocab_size)
+
+
+def read_problems(path: str, tokenizer: Tokenizer, most_tokens: float) -> list:
+    """JSON lines as pairs (prompt ids, problem); `read_prompt` says what a problem must hold."""
+    pairs, num_marked = [], 0
+    with as_user_error(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
+        lines = list(file)
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         with as_user_error(f"{path}, line {number}"):
-            if not line.strip():
-                continue
-            problem = json.loads(line.decode("utf-8-sig"))
-            ids = encode_prompt(tokenizer, read_prompt(problem), eos_ids)
-            if not 0 < len(ids) <= most:
-                raise ValueError(f"it has {len(ids)} tokens; 1 to {most} fit beside --max-new-tokens")
-            if max(ids) >= vocab_size:
-                raise ValueError(f"the tokenizer has token {max(ids)}, the model only {vocab_size} tokens")
-            problems.append((ids, problem))
-    if not problems:
+            problem = json.loads(line)
+            if not isinstance(problem, dict):
+                raise ValueError("it must be a JSON object")
+            prompt = read_prompt(problem)
+            ids = encode_prompt(tokenizer, prompt)
+            if not 0 < len(ids) <= most_tokens:
+                raise ValueError(f"it has {len(ids)} tokens; 1 to {most_tokens} fit beside --max-new-tokens")
+        pairs.append((ids, problem))
+        num_marked += isinstance(prompt, str) and any(token in prompt for token in tokenizer.all_special_tokens)
+    if not pairs:
         raise UserError(f"{path} is empty: it must hold one JSON object per line")
-    return problems
+    if num_marked:
+        say(f"{path}: {num_marked} prompts hold special tokens, which are encoded as plain text: use chat messages")
+    return pairs
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], eos_ids: list[int]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
     """Encode a prompt. If there is a chat template, it adds the BOS token, and a last message of the assistant is
     continued. Special tokens in the text of a problem are encoded as plain text."""
     if isinstance(prompt, str) and tokenizer.chat_template is None:
         ids = tokenizer(prompt, split_special_tokens=True).input_ids
-        while ids and ids[-1] in eos_ids:  # some tokenizers add an end, after which a model has nothing to say
-            ids.pop()
-        return ids
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers add an end
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    is_message = lambda x: isinstance(x, dict) and isinstance(x.get("role"), str) and isinstance(x.get("content"), str)
-    if not (isinstance(chat, list) and chat and all(map(is_message, chat))):
+    if not all(isinstance(message["role"], str) and isinstance(message["content"], str) for message in chat):
         raise ValueError('a prompt must be a text or a list of {"role": text, "content": text}')
     continued = chat[-1]["role"] == "assistant"
+    tokenizer.chat_control_tokens = []                  # <think> is a token; special tokens are text
     return tokenizer.apply_chat_template(chat, add_generation_prompt=not continued, continue_final_message=continued,
                                          return_dict=False, sanitize_control_tokens=True)
 
@@ -901,45 +836,65 @@ def decode(tokenizer: Tokenizer, completion_ids: Tensor, completion_mask: Tensor
     return tokenizer.batch_decode(texts, skip_special_tokens=True)
 
 
+def checked_rewards(completions: list[str], problems: list[dict], device: torch.device) -> Tensor:
+    """`compute_rewards`, which is the user's own code, as a tensor of finite numbers, (N,)."""
+    try:
+        rewards = compute_rewards(completions, problems)
+    except SystemExit as error:  # it would end the program as if all were well
+        raise RuntimeError("compute_rewards called for an exit") from error
+    rewards = torch.tensor(rewards, dtype=torch.float32, device=device)                     # (N,)
+    if rewards.shape != (len(completions),) or not rewards.isfinite().all():
+        raise ValueError(f"compute_rewards must return {len(completions)} finite numbers, got {rewards.tolist()}")
+    return rewards
+
+
 # ----- Models -----
 
 
-@together()
 def load_policy(model: str, device: torch.device) -> nn.Module:
     """The policy in float32, without dropout."""
     with as_user_error(f"--model {model} cannot be loaded"):
-        options = dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
-        policy, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
-        if type(policy.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError("it is a part of another model: alone, it could not be loaded after training")
-        for config in (policy.config, policy.config.get_text_config()):  # options that change what forward returns
-            for name in ("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"):
-                if hasattr(config, name):
-                    setattr(config, name, name == "return_dict")
-        if lacking := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:  # would be random
-            raise ValueError(f"it has no weights, or none of the right shape, for {', '.join(sorted(lacking))}")
+        policy, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+        if info["missing_keys"]:  # they would be random
+            raise ValueError(f"it has no weights for {', '.join(sorted(info['missing_keys']))}")
         if any(parameter.dtype != torch.float32 for parameter in policy.parameters()):
             raise ValueError("its weights are quantised; to train, they must be floating-point numbers")
         return policy.to(device).eval()
 
 
-def shard(model: nn.Module, gradient_checkpointing: bool) -> None:
-    """Wrap the layers of a model for gradient checkpointing, and shard its weights over the processes (FSDP2)."""
+@torch.no_grad()
+def check_policy(policy: nn.Module, pairs: list, args: Args) -> None:
+    """Refuse a policy that scores otherwise than it samples: it would train silently wrong. Tried with the longest
+    prompt and a quarter of it, and two completions of each."""
+    longest = max((prompt for prompt, _ in pairs), key=len)
+    prompt_ids, prompt_mask = pad_prompts([longest, longest[: len(longest) // 4 + 1]], policy.device)  # (2, P), each
+    # Every eighth token ends a completion, so that some end early.
+    eos_ids = torch.arange(0, policy.config.get_text_config().vocab_size, 8, device=policy.device)
+    uniforms = torch.rand((4, 8), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(policy.device)
+    with as_user_error(f"--model {args.model} cannot be trained here; some models need --no-share-prompt"):
+        ids, mask, logprobs = generate_completions(policy, prompt_ids, prompt_mask, uniforms, 1.0, eos_ids)
+        batch, index = Batch(prompt_ids, prompt_mask, ids, mask, logprobs), torch.arange(4, device=policy.device)
+        for share_prompt in (False, args.share_prompt):
+            part = take_completions(batch, index, share_prompt)
+            gap = (completion_logprobs(policy, part, 1.0)[0] - logprobs).abs().max().item()
+            if not gap < 1e-3:
+                raise ValueError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats")
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Shard a model's weights over the processes, layer by layer, if there are several (FSDP2)."""
     from torch.distributed.fsdp import fully_shard
-    from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
-    if gradient_checkpointing:
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if dist.is_initialized():
-        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world()[1],))  # by default that of the GPUs
-        are_nested = any(inner is not layer and inner in layers for layer in layers for inner in layer.modules())
-        for module in [*([] if are_nested else layers), model]:
-            fully_shard(module, mesh=mesh)
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for module in [*reversed(layers), model]:  # what is inside comes first
+            fully_shard(module)
             module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
             module.set_force_sum_reduction_for_comms(True)
+    return model
 
 
 # ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the prompts -----
@@ -947,27 +902,19 @@ def shard(model: nn.Module, gradient_checkpointing: bool) -> None:
 
 def start(args: Args) -> torch.device:
     """Choose the device, and join the other processes where torchrun has started several."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = accelerator if args.device == "auto" else torch.device(args.device)
-    if device.type not in ("cpu", accelerator.type):
-        raise UserError(f"--device {args.device}: not available on this machine")
-    if "MASTER_ADDR" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started it
-        with as_user_error("cannot join the other processes, which torchrun starts"):
-            if device.type == "cuda":
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(device)
-            if not dist.is_initialized():
-                if os.environ.get("RANK") == "0":
-                    number, host, port = (os.environ.get(x) for x in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-                    say(f"waiting for {number} processes at {host}:{port}")
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    parts = world()[1] * args.num_minibatches
-    if args.num_prompts % parts:
-        raise UserError(f"--num-prompts {args.num_prompts} must be a multiple of {parts}, "
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if has_gpu else "cpu")
+    if "RANK" in os.environ:  # torchrun has started it
+        if has_gpu:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if has_gpu else "gloo")
+    shares = world()[1] * args.num_minibatches
+    if args.num_prompts % shares:
+        raise UserError(f"--num-prompts {args.num_prompts} must be a multiple of {shares}, "
                         "the number of processes times --num-minibatches")
     # cuDNN's attention with a mask has had NaN gradients and wrong decoding (pytorch issues 196678 and 193893).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     return device
 
@@ -977,8 +924,8 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def own_part(rows):
-    """This process's part of a tensor or a list, such as the prompts of a step."""
+def own_share(rows):
+    """This process's share of the rows of a tensor or a list, such as the prompts of a step."""
     rank, processes = world()
     return rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
 
@@ -993,9 +940,9 @@ def all_gather_objects(x: object) -> list:
 
 def all_gather(x: Tensor) -> Tensor:
     """The rows of all processes together, (N,) or (N, T), padded to the longest T."""
-    parts = all_gather_objects(x.cpu())
-    width = max(part.shape[-1] for part in parts)
-    return torch.cat([nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]).to(x.device)
+    shares = all_gather_objects(x.cpu())
+    T = max(share.shape[-1] for share in shares)    # if they are (N', T); of (N',), all have one length
+    return torch.cat([nn.functional.pad(share, (0, T - share.shape[-1])) for share in shares]).to(x.device)
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -1015,30 +962,20 @@ def full_tensor(x: Tensor) -> Tensor:
 
 
 def say(text: str) -> None:
-    """Print a line above the progress bar, in the first process only. Control characters, which a terminal would obey,
-    are escaped. An output that fails does not end the run."""
+    """Print a line above the progress bar, in the first process only."""
     if world()[0] == 0:
-        with contextlib.suppress(OSError):
-            tqdm.write("".join(x if x.isprintable() else ascii(x)[1:-1] for x in text), file=sys.stderr)
-
-
-def reseed(seed: int, step: int) -> torch.Generator:
-    """Seed Python's and torch's random numbers anew, so that a checkpoint holds none. Returns torch's generator."""
-    random.seed(f"{seed} {step}")
-    return torch.manual_seed(seed * 1_000_003 + step)
+        tqdm.write(text, file=sys.stderr)
 
 
 class Metrics:
     """Means over the tokens and the updates of a step, kept on the device until the step ends."""
 
     def __init__(self):
-        self.totals, self.losses, self.ratios, self.grad_norms = {}, [], [], []
+        self.totals, self.losses, self.grad_norms = {}, [], []
 
-    def add(self, mask: Tensor, loss: Tensor, ratio: Tensor | None = None, **per_token: Tensor) -> None:
+    def add(self, mask: Tensor, loss: Tensor, **per_token: Tensor) -> None:
         """The loss of one micro-batch, and values of its tokens, (N', T)."""
         self.losses.append(loss.detach())
-        if ratio is not None:
-            self.ratios.append(ratio.where(mask, 0.0).max())
         for name, x in per_token.items():
             total = torch.stack([x.detach().where(mask, 0.0).sum(), mask.sum()])            # (2,), sum and count
             self.totals[name] = self.totals.get(name, 0) + total
@@ -1052,76 +989,43 @@ class Metrics:
         """All of them, under the names that TensorBoard shows; none if nothing was added."""
         if not self.grad_norms:
             return {}
-        finite = [x for x in self.grad_norms if x.isfinite()]
+        grad_norms = torch.stack(self.grad_norms)                                           # (updates,)
         means = {name: self.mean(name) for name in self.totals}
-        means["loss"] = all_sum(sum(self.losses)) / len(self.grad_norms)
-        means["grad_norm"] = sum(finite) / max(1, len(finite))
-        means["skipped"] = len(self.grad_norms) - len(finite)
-        if self.ratios:
-            means["ratio_max"] = max(all_gather_objects(max(self.ratios).item()))
-        return {f"{prefix}/{name}": value for name, value in means.items()}
+        means["loss"] = all_sum(sum(self.losses)) / len(grad_norms)
+        means["grad_norm"] = grad_norms.mean()
+        means["skipped"] = (~grad_norms.isfinite()).sum()
+        return {f"{prefix}/{name}": float(value) for name, value in means.items()}
 
 
 class Run:
     """What a run keeps in runs/RUN_NAME/ (curves, completions.jsonl, checkpoint.pt, policy/) and what it prints."""
 
-    FREE = ("model", "data", "eval_data", "num_steps", "share_prompt", "micro_batch_tokens", "gradient_checkpointing",
-            "device", "run_name", "resume", "save_every", "eval_every")  # may change when a run is resumed
-
     def __init__(
-        self, args: Args, tokenizer: Tokenizer, eos_ids: Tensor, problems: list, held_out: list,
-        sampler: nn.Module, models: dict, betas: dict, stop: threading.Event | None,
+        self, args: Args, tokenizer: Tokenizer, eos_ids: Tensor, held_out: list, sampler: nn.Module, models: dict,
+        betas: dict, stop: threading.Event | None,
     ):
+        """models: name: (model, its optimizer or None); with betas, what a checkpoint holds."""
+        from torch.utils.tensorboard import SummaryWriter  # here, so that --help need not wait for it
+
         self.args, self.tokenizer, self.eos_ids, self.held_out = args, tokenizer, eos_ids, held_out
-        self.models = {name: pair for name, pair in models.items() if pair[0]}  # name: (model, its optimizer or None)
-        self.policy, self.sampler, self.betas = models["policy"][0], sampler, betas
-        self.stop = stop or threading.Event()
-        self.script, self.device, self.step, self.writer, self.times = Path(__file__).stem, eos_ids.device, 0, None, {}
-        flags = {f"--{name.replace('_', '-')}": x for name, x in vars(args).items() if name not in self.FREE}
-        bits = lambda x: x.detach().float().view(torch.int32).sum(dtype=torch.int64).item()
-        contents = {  # never paths; the weights of the sampler, which every process has as a whole
-            "problems": [line for _, line in problems],
-            "held-out problems": [line for _, line in held_out],
-            "model": [(name, [*x.shape], bits(x)) for name, x in sampler.named_parameters()],
-        }
-        digest = lambda content: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-        hashes = {f"hash of the {name}": digest(content) for name, content in contents.items()}
-        self.fixed = {"script": self.script, **flags, **hashes}  # what a resumed run must have, too
-        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        name = args.run_name or f"{self.script}-{Path(args.model).resolve().name}-seed{args.seed}-{now}"
-        self.folder = Path("runs", all_gather_objects(name)[0])
-        path = self.folder / "checkpoint.pt" if args.resume == "auto" else args.resume
-        if path is not None and (args.resume != "auto" or os.path.exists(path)):  # else it starts from the beginning
-            self.load(Path(path))
-        # Two hosts may hold different files under one name.
-        facts = {**vars(args), **hashes, "step of the checkpoint": self.step}
-        if different := {name for other in all_gather_objects(facts) for name in facts if other[name] != facts[name]}:
-            raise UserError(f"the processes do not agree on: {', '.join(sorted(different))}")
-        self.open_folder()
-        say(f"{self.script}: {self.policy.num_parameters() / 1e6:.1f} M parameters in {args.dtype} on "
-            f"{self.device.type}, step {self.step} of {args.num_steps}, in {self.folder}")
-        self.bar = tqdm(range(self.step, args.num_steps + 1), self.script, args.num_steps, initial=self.step,
-                        unit="step", disable=True if world()[0] else None)
-
-    @together()
-    def open_folder(self) -> None:
-        """In the first process: make the folder, keep others out, and drop what was written after the checkpoint."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if world()[0]:
-            return
-        with as_user_error(f"cannot write the run to {self.folder} (to resume a run: --resume auto, once at a time)"):
-            self.folder.mkdir(parents=True, exist_ok=self.args.resume == "auto")
-            # Held as long as a run in this folder lives; another one of this process shares it.
-            self.lock = FileLock((self.folder / "lock").absolute(), thread_local=False, is_singleton=True)
-            self.lock.acquire(blocking=False)
-            self.writer = SummaryWriter(str(self.folder.absolute()), purge_step=self.step)
-            self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(self.args).items()))
-            if (path := self.folder / "completions.jsonl").exists():
-                lines = path.read_text().splitlines(keepends=True)
-                kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < self.step]
-                path.with_suffix(".aside").write_text("".join(kept))
-                path.with_suffix(".aside").replace(path)
+        self.sampler, self.policy, self.betas = sampler, models["policy"][0], betas
+        self.models = {name: pair for name, pair in models.items() if pair[0] is not None}
+        self.stop, self.step, self.writer = stop or threading.Event(), 0, None
+        script = Path(__file__).stem
+        name = args.run_name or f"{script}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path("runs", all_gather_objects(name)[0]).absolute()  # processes may differ in the time
+        if args.resume and any(all_gather_objects((self.folder / "checkpoint.pt").exists())):
+            self.load(self.folder / "checkpoint.pt")
+        if world()[0] == 0:
+            with as_user_error(f"cannot write to {self.folder} (to go on with a run: --resume)"):
+                self.folder.mkdir(parents=True, exist_ok=args.resume)
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
+            self.writer.add_text("flags", "\n".join(f"    {name} = {x!r}" for name, x in vars(args).items()))
+        learning_rate = models["policy"][1].param_groups[0]["lr"]
+        say(f"{script}: {self.policy.num_parameters() / 1e6:.1f} M parameters in {args.dtype} on {eos_ids.device.type}"
+            f", learning rate {learning_rate:g}, step {self.step} of {args.num_steps}, in {self.folder}")
+        self.bar = tqdm(range(self.step, args.num_steps + 1), script, args.num_steps, initial=self.step, unit="step",
+                        disable=True if world()[0] else None)
 
     def evaluate_and_save(self, step: int) -> bool:
         """Before the update of a step, evaluate and save, each if it is due. True if the run ends here."""
@@ -1130,187 +1034,137 @@ class Run:
         if args.eval_every and (step % args.eval_every == 0 or step == args.num_steps):
             self.evaluate()
         if last or (args.save_every and step % args.save_every == 0):
-            self.save(last)
-        self.lap_started = time.perf_counter()
+            self.save()
+        if last:
+            say(f"trained model after {step} steps: {self.folder / 'policy'}; curves: tensorboard --logdir runs")
+        self.step_started = time.perf_counter()
         return last
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """Mean reward on the held-out problems, greedy and sampled, and the mean length of the sampled completions. All
         completions are appended to completions.jsonl, and the first is printed."""
-        args, own, metrics = self.args, own_part(self.held_out), {}
+        args, own, metrics = self.args, own_share(self.held_out), {}
         refresh_sampler(self.sampler, self.policy)
-        size = args.num_prompts * args.group_size
-        shape = len(self.held_out), args.max_new_tokens
-        uniforms = own_part(torch.rand(shape, dtype=torch.float64, generator=reseed(0, 0)))
+        size = args.num_prompts * args.group_size  # as many completions at once as in training
         for kind, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
-            texts, num_tokens = [], torch.zeros((), device=self.device)
-            for i in range(0, len(own), size):
-                part = slice(i, i + size)
-                prompts = pad_prompts([prompt for prompt, _ in own[part]], self.device)
-                ids, mask, _ = generate_completions(self.sampler, *prompts, uniforms[part], temperature, self.eos_ids)
-                texts += decode(self.tokenizer, ids, mask, self.eos_ids)
-                num_tokens += mask.sum()
-            rewards = self.guard(compute_rewards, texts, [problem for _, problem in own])   # (problems,)
-            totals = all_sum(torch.stack([rewards.sum(), num_tokens])) / len(self.held_out)
-            metrics[f"eval/{kind}"], metrics["eval/length"] = totals.tolist()
+            shape, random_numbers = (len(self.held_out), args.max_new_tokens), torch.manual_seed(0)
+            random.seed("0 0")
+            uniforms = torch.rand(shape, dtype=torch.float64, generator=random_numbers).to(self.eos_ids.device)
+            uniforms = own_share(uniforms)
             lines = []
-            for (prompt, problem), text, r in zip(own, texts, rewards.tolist(), strict=True):
-                prompt = self.tokenizer.decode(prompt)
-                lines.append(dict(step=self.step, kind=kind, prompt=prompt, completion=text, reward=r, problem=problem))
+            for i in range(0, len(own), size):
+                pairs = own[i : i + size]
+                prompts = pad_prompts([prompt for prompt, _ in pairs], self.eos_ids.device)
+                ids, mask, _ = generate_completions(
+                    self.sampler, *prompts, uniforms[i : i + size], temperature, self.eos_ids
+                )
+                texts = decode(self.tokenizer, ids, mask, self.eos_ids)
+                rewards = checked_rewards(texts, [problem for _, problem in pairs], ids.device)
+                for row, (prompt, problem) in enumerate(pairs):
+                    lines.append({
+                        "step": self.step, "kind": kind, "prompt": self.tokenizer.decode(prompt),
+                        "completion": texts[row], "reward": rewards[row].item(), "length": mask[row].sum().item(),
+                        "problem": problem,
+                    })
             lines = [line for of_process in all_gather_objects(lines) for line in of_process]
+            metrics[f"eval/{kind}"] = sum(line["reward"] for line in lines) / len(lines)
+            metrics["eval/length"] = sum(line["length"] for line in lines) / len(lines)
             if world()[0] == 0:
-                with contextlib.suppress(OSError), (self.folder / "completions.jsonl").open("a") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in lines)
-            text = (lines[0]["prompt"] + lines[0]["completion"]).replace("\n", " ")
-            text = text if len(text) <= 150 else f"{text[:60]} ... {text[-85:]}"
-            say(f"    {kind}, reward {lines[0]['reward']:.2f}: {text}")
+                with (self.folder / "completions.jsonl").open("a") as file:
+                    file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
+            text = lines[0]["prompt"] + lines[0]["completion"]
+            say(f"    {kind}, reward {lines[0]['reward']:.2f}: {text[-150:]!r}")
         shown = "held-out reward {eval/greedy:.3f} greedy, {eval/sampled:.3f} sampled, {eval/length:.1f} tokens"
         say(f"step {self.step}: {shown.format_map(metrics)}")
         self.log(metrics)
 
-    def guard(self, function: Callable, completions: list[str], problems: list[dict]) -> Tensor:
-        """Call `compute_rewards`, which is the user's own code; returns its rewards, (N,), in float32. If it fails, in
-        any process, the run is saved before the traceback is shown."""
-        failure, rewards, here = None, [], os.getcwd()
-        try:
-            rewards = [float(x) for x in function(completions, problems)]
-            if len(rewards) != len(completions):
-                raise ValueError(f"compute_rewards returned {len(rewards)} rewards for {len(completions)} completions")
-            for x, completion, problem in zip(rewards, completions, problems, strict=True):
-                if not abs(x) < 1e15:  # the square of more, summed, is not finite in float32
-                    raise ValueError(f"the reward is {x}, not a number below 1e15, for {completion!r} to {problem}")
-        except BaseException as error:  # SystemExit, too: code that is run may call for an exit
-            failure = error
-        os.chdir(here)
-        if any(all_gather_objects(failure is not None)):
-            self.save()
-            if isinstance(failure, SystemExit):  # it would end the program without a traceback
-                raise RuntimeError("compute_rewards ended the program") from failure
-            raise failure or UserError("the reward failed in another process")
-        return torch.tensor(rewards, device=self.device)                                    # (N,)
-
-    def lap(self, name: str) -> None:
-        """Note the seconds since the last lap under this name. What was read before has waited for the device."""
-        now = time.perf_counter()
-        self.times[name], self.lap_started = now - self.lap_started, now
-
     def log_step(self, metrics: dict[str, Tensor | float]) -> None:
-        """The curves of a step of training, with its times, and what the progress bar shows of them."""
-        self.lap("time/update")
-        metrics = {name: float(value) for name, value in (self.times | metrics).items()}
-        tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
-        metrics["time/tokens_per_second"] = tokens / sum(self.times.values())
-        shown = "reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, "
-        self.bar.set_postfix_str((shown + "{time/tokens_per_second:.0f} tokens/s").format_map(metrics))
+        """The curves of a step of training, and what the progress bar shows of them."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics["time/step"] = time.perf_counter() - self.step_started
+        num_tokens = metrics["completion/length"] * self.args.num_prompts * self.args.group_size
+        metrics["time/tokens_per_second"] = num_tokens / metrics["time/step"]
+        shown = "reward {reward/mean:.2f}, length {completion/length:.1f}, KL {policy/kl:.3f}, ".format_map(metrics)
+        shown += f"{metrics['time/tokens_per_second']:.0f} tokens/s"
+        self.bar.set_postfix_str(shown)
+        if self.bar.disable:  # in a notebook or a log there is no bar
+            say(f"step {self.step}: {shown}")
+        if self.step == 0 and metrics["reward/std"] == 0:
+            say(f"step 0: no completion earned more than another of its prompt, so the rewards teach nothing yet; "
+                f"{metrics['completion/truncated']:.0%} were cut off at --max-new-tokens")
         if metrics.get("policy/skipped") or metrics.get("value/skipped"):
             say(f"step {self.step}: the gradient was not finite, so its update was skipped")
         self.log(metrics)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Add a point to every curve. Point s is measured after s steps of training."""
-        try:
-            for name, value in metrics.items() if self.writer else ():
+        if self.writer:
+            for name, value in metrics.items():
                 self.writer.add_scalar(name, value, self.step)
-            if self.writer:
-                self.writer.flush()  # before the checkpoint, so that a kill after it loses no point
-        except OSError as error:  # a full disk ends the curves, not the run
-            self.writer = None
-            say(f"the curves end here, the run goes on: {error}")
+            self.writer.flush()  # before the checkpoint, so that a kill after it loses no point
 
-    @together()
-    def save(self, last: bool = False) -> None:
-        """Write checkpoint.pt, to resume from, and policy/, in Hugging Face format, which no resume reads. A checkpoint
-        is written beside, flushed and then renamed: a kill at any moment leaves a whole one."""
+    def save(self) -> None:
+        """Write checkpoint.pt, to resume from, and policy/, in Hugging Face format, which no resume reads."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-        content = {"step": self.step, "fixed": self.fixed, "betas": self.betas}
-        aside, options = self.folder / "checkpoint.aside", StateDictOptions(full_state_dict=True, cpu_offload=True)
-        try:
-            for name, (model, optimizer) in self.models.items():
-                # An optimizer without a step has no state; get_state_dict would make it count a step that never was.
-                optimizer = optimizer if optimizer and optimizer.state else ()
-                content[name] = get_state_dict(model, optimizer, options=options)
-            if world()[0] == 0:
-                with aside.open("wb") as file:
-                    torch.save(content, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                aside.replace(self.folder / "checkpoint.pt")
-                self.policy.save_pretrained(self.folder / "policy", state_dict=content["policy"][0])
-                self.tokenizer.save_pretrained(self.folder / "policy")
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:  # a full disk can be anything
-            aside.unlink(missing_ok=True)  # half of a file would only fill the disk
-            if last:
-                raise UserError(f"{self.folder} could not be saved: {error}") from None
-            say(f"{self.folder} could not be saved: {error}")
+        content = {"step": self.step, "args": vars(self.args), "betas": self.betas}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        for name, (model, optimizer) in self.models.items():
+            # An optimizer without a step has no state; get_state_dict would make it count a step that never was.
+            has_state = optimizer is not None and len(optimizer.state) > 0
+            content[name] = get_state_dict(model, optimizer if has_state else (), options=options)
+        if world()[0] == 0:
+            # Renamed when it is complete, so that a kill at any moment leaves a whole checkpoint.
+            torch.save(content, self.folder / "checkpoint.aside")
+            (self.folder / "checkpoint.aside").replace(self.folder / "checkpoint.pt")
+            self.policy.save_pretrained(self.folder / "policy", state_dict=content["policy"][0])
+            self.tokenizer.save_pretrained(self.folder / "policy")
 
-    @together()
     def load(self, path: Path) -> None:
-        """Restore a checkpoint that any number of processes wrote, if the arguments that must not change have not."""
+        """Restore a checkpoint that any number of processes wrote, and say which flags have changed since."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         with as_user_error(f"{path} cannot be loaded"):
-            with zipfile.ZipFile(path) as file:  # torch.load compares no checksums and skips what looks like a folder
-                if damaged := file.testzip() or next((x.filename for x in file.infolist() if x.external_attr), None):
-                    raise ValueError(f"{damaged} is damaged")
             saved = torch.load(path, weights_only=True, map_location="cpu")
-            pairs = {name: (saved["fixed"].get(name), now) for name, now in self.fixed.items()}
-            if changed := [f"{name} was {old}, is {now}" for name, (old, now) in pairs.items() if old != now]:
-                raise ValueError(f"it belongs to a run with other arguments: {', '.join(changed)}")
-            if saved["step"] > self.args.num_steps:
-                raise ValueError(f"it is at step {saved['step']}, beyond --num-steps {self.args.num_steps}")
             # Not strict: parameters that never had a gradient have no state.
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
             for name, (model, optimizer) in self.models.items():
                 weights, state = saved[name]
+                if weights.keys() != model.state_dict().keys():
+                    raise ValueError("it belongs to another model")
                 optimizer = optimizer if state else ()
                 set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
         self.step = saved["step"]
         self.betas.update(saved["betas"])
-        say(f"resuming from {path}")
-
-    def finish(self) -> Path:
-        """Say where everything is. Returns the folder of the trained model."""
-        if self.writer:
-            self.writer.close()
-        say(f"trained model after {self.step} steps: {self.folder / 'policy'}; curves: tensorboard --logdir runs")
-        if self.step < self.args.num_steps:
-            say(f"to resume, run the same command with --run-name {self.folder.name} --resume auto")
-        return self.folder / "policy"
+        changed = [f"{name} (was {saved['args'].get(name)})" for name, value in vars(self.args).items()
+                   if saved["args"].get(name) != value]
+        say(f"resuming from {path}, with other flags: {', '.join(changed) or 'none'}")
 
 
-def main(args: Args) -> int:
+def main(args: Args) -> None:
     """Train as a program. The first SIGINT or SIGTERM ends the run after the current step, the second one at once. A
-    user error is printed as one sentence. Returns the exit code."""
-    stop, code = threading.Event(), 0
+    user error is printed as one sentence."""
+    stop = threading.Event()
 
     def ask(*_: object) -> None:
         """Handle the first signal; later ones act as if there were no handler."""
         stop.set()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        more = "; torchrun kills after its --shutdown-timeout, 30 s" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-        with contextlib.suppress(OSError):  # not by print, which may be at work
-            os.write(2, f"\nfinishing this step, then saving; a second signal exits at once{more}\n".encode())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print("\nfinishing this step, then saving; a second signal exits at once", file=sys.stderr)
 
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    # A process that a reward forks ends when it is told to.
+    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
     try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other processes, too
-        start(check_args(args))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ask)
         train(args, stop)
     except UserError as error:
-        say(f"{Path(__file__).name}: {textwrap.shorten(str(error), 1000)}")
-        code = 2
+        sys.exit(f"{Path(__file__).name}: {error}")
     if dist.is_initialized():
-        if not code or dist.get_backend() != "nccl":  # otherwise it would wait for processes that wait for this one
-            dist.destroy_process_group()
-        os._exit(code)  # a normal exit sometimes aborts in a thread left over from gloo
-    return code
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    main(tyro.cli(Args, description=__doc__.partition("\n\n")[0]))

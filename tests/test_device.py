@@ -46,8 +46,8 @@ def observe(script) -> dict:
 
     script.Decoder.next_logits = observed
     waits.clear()
-    train(script, "device", device="auto", num_steps=2)
-    train(script, "device", device="auto", resume="auto")
+    train(script, "device", num_steps=2)
+    train(script, "device", resume=True)
     return dict(sharing=sharing, kept=kept, waits=dict(waits))
 
 
@@ -62,7 +62,7 @@ def work() -> None:
     for script in (grpo, ppo):
         found[script.__name__] = observe(script)
         bfloat16 = dict(dtype="bfloat16", gradient_checkpointing=True, eval_every=0, num_steps=2)
-        train(script, "bfloat16", device="auto", **bfloat16)
+        train(script, "bfloat16", **bfloat16)
     print("\n" + json.dumps(found))
 
 

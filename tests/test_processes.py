@@ -78,7 +78,7 @@ def work(number: int) -> None:
         if number < 3:
             module.train(module.Args(**args | dict(num_steps=2), run_name=f"{script}_half_{number}"))
         if number == 2:
-            module.train(module.Args(**args, run_name=f"{script}_half_1", resume="auto"))
+            module.train(module.Args(**args, run_name=f"{script}_half_1", resume=True))
             folder = module.train(module.Args(**COMMON | dict(num_steps=1)))
             Path(f"{script}_unnamed_{module.world()[0]}").write_text(str(folder))
 
@@ -126,7 +126,7 @@ def trained(tmp_path_factory) -> Path:
         time.sleep(1)  # TensorBoard orders the files of a run by the second in their names
         for module in (grpo, ppo):
             args = TRAIN | OWN[module]
-            module.train(module.Args(**args, run_name=f"{module.__name__}_half_2", resume="auto"))
+            module.train(module.Args(**args, run_name=f"{module.__name__}_half_2", resume=True))
     return folder
 
 

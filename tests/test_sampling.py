@@ -5,7 +5,6 @@ is tried before training: can this model be trained here, and can its completion
 import inspect
 import weakref
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,24 +146,8 @@ def record_steps(monkeypatch, graph: type[Graph]) -> list[Graph]:
     return graphs
 
 
-@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
-@pytest.mark.parametrize("family", SHARING)
-def test_a_step_that_is_recorded_as_a_cuda_graph_samples_the_same(family, monkeypatch):
-    model = make_model(family, torch.float32)
-    expected, graphs = sample(model, max_new_tokens=24), record_steps(monkeypatch, Graph)
-    assert_same(sample(model, max_new_tokens=24)[2:5], expected[2:5])
-    windows = getattr(model.config.get_text_config(), "layer_types", None) or []
-    assert (len(graphs) > 1) == (model._can_compile_fullgraph and "sliding_attention" not in windows), family
 
 
-def test_a_step_that_cannot_be_recorded_is_computed_each_time(monkeypatch, capsys):
-    """A model of experts reads on the host how many tokens each of them gets, which no recording can."""
-    model = make_model("llama", torch.float32)
-    expected, graphs = sample(model, max_new_tokens=16), record_steps(monkeypatch, RefusingGraph)
-    for _ in range(2):
-        assert_same(sample(model, max_new_tokens=16)[2:5], expected[2:5])
-    assert len(graphs) == 1
-    assert capsys.readouterr().err.count("cannot be recorded") == 1
 
 
 # ----- From logits to tokens -----
@@ -215,67 +198,16 @@ def try_model(model, monkeypatch, prompt_length=5, **args):
 CAUSAL_ENCODERS = {"bert": dict(is_decoder=True), "electra": dict(is_decoder=True)}
 
 
-@pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
-@pytest.mark.parametrize("family", [*SHARING, *CAUSAL_ENCODERS, *NOT_SHARING])
-def test_a_prompt_is_shared_where_that_is_exact_and_elsewhere_a_sentence_says_so(family, monkeypatch):
-    shared, said = try_model(make_model(family, torch.float32, **CAUSAL_ENCODERS.get(family, {})), monkeypatch)
-    assert shared == (family not in NOT_SHARING)
-    assert len(said) == (not shared)
-    assert shared or said[0].startswith("This model cannot share a prompt in the update")
 
 
-def test_sharing_is_tried_where_it_is_wanted_at_every_length(monkeypatch):
-    model = make_model("llama", torch.float32)
-    for unwanted in (dict(share_prompt=False), dict(group_size=1), dict(gradient_checkpointing=True)):
-        assert try_model(model, monkeypatch, **unwanted) == (False, [])
-    for prompt_length, max_new_tokens in ((1, 1), (1, 30), (2, 3), (40, 24)):
-        assert try_model(model, monkeypatch, prompt_length, max_new_tokens=max_new_tokens) == (True, [])
 
 
 NATS = r"the log-probabilities of sampling and of scoring differ by \S+ nats"
 NO_CACHE = "it has no cache of keys and values"
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("family", "special", "says"),
-    [
-        ("rwkv", {}, NO_CACHE),
-        *((family, {}, NO_CACHE) for family in ("bert", "roberta", "electra")),
-        ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48), NATS),
-        # transformers 5.24: from its second step on, mamba misreads the mask that it is given.
-        ("mamba", {}, NATS),
-        # Its longest prompt and completion have 17 tokens.
-        ("gpt2", dict(n_embd=32, n_layer=2, n_head=4, max_position_embeddings=16), "index out of range"),
-        # It counts its positions from another number when it is not given any.
-        ("roberta", dict(is_decoder=True), NATS),
-        # These predict a token from those after it, with and without a cache.
-        ("gemma3_text", dict(use_bidirectional_attention=True), NATS),
-    ],
-)
-def test_a_model_that_cannot_be_trained_here_is_refused_in_a_sentence(family, special, says, monkeypatch):
-    """tests/tools/sweep_families.py goes over all families."""
-    model = make_model(family, torch.float32, **special)
-    with pytest.raises(grpo.UserError, match=rf"^--model x cannot be trained here: .*{says}"):
-        try_model(model, monkeypatch)
 
 
-def test_an_error_of_the_device_is_not_taken_for_one_of_the_model(monkeypatch):
-    model, score = make_model("llama", torch.float32), grpo.completion_logprobs
-    errors = [torch.OutOfMemoryError("full"), torch.AcceleratorError("lost"), RuntimeError("sizes do not match")]
-
-    def fail_to_share(policy, batch, temperature):
-        if len(batch.prompt_ids) < len(batch.completion_ids):
-            raise errors.pop(0)
-        return score(policy, batch, temperature)
-
-    monkeypatch.setattr(grpo, "completion_logprobs", fail_to_share)
-    for error in errors[:2]:
-        with pytest.raises(type(error)):
-            try_model(model, monkeypatch)
-    shared, (said,) = try_model(model, monkeypatch)
-    assert not shared
-    assert "sizes do not match" in said
 
 
 def test_a_sampler_in_bfloat16_keeps_the_positions_of_the_policy():
@@ -290,10 +222,3 @@ def test_a_sampler_in_bfloat16_keeps_the_positions_of_the_policy():
     assert (sampler.lm_head.weight == 3.0).all()
 
 
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("millions", [1, 11])
-def test_bfloat16_is_chosen_for_a_larger_model_where_it_is_fast_and_otherwise_as_asked(fast, millions, monkeypatch):
-    policy = SimpleNamespace(device=CPU, num_parameters=lambda: millions * 1_000_000)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
-    assert grpo.choose_dtype(policy, "auto") == ("bfloat16" if fast and millions == 11 else "float32")
-    assert [grpo.choose_dtype(policy, dtype) for dtype in ("float32", "bfloat16")] == ["float32", "bfloat16"]
