@@ -467,7 +467,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         for _ in range(args.update_epochs):
             for minibatch in minibatches:
                 # The gradients of the parts add up to that of the minibatch; FSDP adds up those of the processes.
-                for part in micro_batches(policy, batch, minibatch, args):
+                for _, part in micro_batches(policy, batch, minibatch, args):
                     with autocast:
                         logprobs, entropy = completion_logprobs(policy, part, args.temperature)  # (N', T), each
                     old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs  # (N', T)
@@ -638,55 +638,45 @@ def token_entropy(logp: Tensor) -> Tensor:
     return -torch.cat(sums).view(logp.shape[:2])
 
 
-def max_logits(device: torch.device) -> int:
-    """Most logits in a micro-batch: in float32, 256 MB on a CPU and a 24th of the memory of a GPU."""
-    return torch.cuda.get_device_properties(device).total_memory // 96 if device.type == "cuda" else 2**26
-
-
-def split_minibatch(model: nn.Module, batch: Batch, minibatch: Tensor, args: Args) -> tuple[Tensor, ...]:
-    """Cut this process's completions of a minibatch, (B',) prompts, into micro-batches of similar lengths that fit in
-    memory, each (N',) completions: whole groups, or equal parts of one; any number where prompts are not shared."""
-    rank, processes = world()
-    prompt_lengths, lengths = batch.prompt_mask.sum(1).cpu(), batch.completion_mask.sum(1).cpu()  # (B,); (N,)
-    group_size = len(lengths) // len(prompt_lengths)
-    groups = torch.arange(len(lengths)).view(-1, group_size)[minibatch]                     # (B', G), of completions
-    groups = groups if args.share_prompt else groups.view(-1, 1)                            # or as if G were 1
-    groups = groups.gather(1, lengths[groups].argsort(dim=1, stable=True))                  # by length
-    totals = prompt_lengths[groups[:, 0] // group_size] + lengths[groups].sum(1)            # (B',)
-    groups = groups[totals.argsort(descending=True, stable=True)]
-    G, P, T = groups.shape[1], int(prompt_lengths[minibatch].max()), int(lengths[groups].max())
-    logits_per_token, most_logits = model.config.get_text_config().vocab_size, max_logits(batch.prompt_ids.device)
-    # Of n completions. A copy of a prompt's keys and values takes an eighth of its activations.
-    tokens = lambda n: n * T + math.ceil(n / G) * P + n * P / 8
-    fits = lambda n: n * T * logits_per_token <= most_logits and tokens(n) <= args.micro_batch_tokens
-    sizes = [n for n in range(2, groups.numel() + 1) if n % G == 0 or G % n == 0]
-    size = max(filter(fits, sizes), default=1)
-    return groups[rank::processes].flatten().to(batch.prompt_ids.device).split(size)
-
-
-def take_completions(batch: Batch, index: Tensor, share_prompt: bool) -> Batch:
-    """Every column at these indices, (N',), with the prompts, all cut to the longest of them. Completions share a
-    prompt, or each has a copy; to share, the indices must be whole groups, or a part of one."""
+def take_completions(batch: Batch, index: Tensor, share: int) -> Batch:
+    """The completions at these indices, (N',), and their prompts, cut to the longest of them. `share` completions that
+    follow each other have one prompt, which stands once for them; 1: every completion has a copy."""
     group_size = len(batch.completion_ids) // len(batch.prompt_ids)
-    prompts = index[:: group_size if share_prompt else 1] // group_size                     # (B',) or (N',)
+    prompts = index[::share] // group_size                                                  # (N' / share,)
     prompt_ids, prompt_mask, *columns = batch
-    P, T = torch.stack([prompt_mask[prompts].sum(1).max(), batch.completion_mask[index].sum(1).max()]).tolist()
+    P, T = int(prompt_mask[prompts].sum(1).max()), int(batch.completion_mask[index].sum(1).max())
     columns = [None if x is None else x[index, :T] for x in columns]
     return Batch(prompt_ids[prompts, -P:], prompt_mask[prompts, -P:], *columns)
 
 
-def micro_batches(model: nn.Module, batch: Batch, minibatch: Tensor, args: Args) -> Iterator[Batch]:
-    """This process's completions of a minibatch, (B',) prompts, in parts. Stands for all of them at once."""
-    for index in split_minibatch(model, batch, minibatch, args):
-        yield take_completions(batch, index, args.share_prompt)
+def micro_batches(model: nn.Module, batch: Batch, minibatch: Tensor, args: Args) -> Iterator[tuple[Tensor, Batch]]:
+    """This process's completions of a minibatch, (B',) prompts, in parts that fit in memory. Stands for all of them at
+    once. Yields the indices of a part, (N',), and the part."""
+    rank, processes = world()
+    lengths = batch.completion_mask.sum(1).cpu()                                            # (N,)
+    prompt_lengths = batch.prompt_mask.sum(1).cpu().repeat_interleave(args.group_size)      # (N,)
+    groups = torch.arange(len(lengths)).view(-1, args.group_size)[minibatch]                # (B', G)
+    P, T = int(prompt_lengths[groups].max()), int(lengths[groups].max())
+    most_logits = 2**28 if batch.prompt_ids.is_cuda else 2**26                              # 1 GB, 256 MB in float32
+    most_tokens = min(args.micro_batch_tokens, most_logits // model.config.get_text_config().vocab_size)
+    # Completions that share a prompt: a whole group, or if that does not fit, an equal share of one.
+    sizes = [n for n in range(1, args.group_size + 1) if args.group_size % n == 0 and P + n * T <= most_tokens]
+    share = max(sizes, default=1) if args.share_prompt else 1
+    # For little padding, completions of similar length stand together, in a group and then in the minibatch.
+    bundles = groups.gather(1, lengths[groups].argsort(dim=1, stable=True)).view(-1, share)  # (bundles, share)
+    totals = prompt_lengths[bundles[:, 0]] + lengths[bundles].sum(1)                        # (bundles,)
+    bundles = bundles[totals.argsort(descending=True, stable=True)]
+    for part in bundles[rank::processes].split(max(1, most_tokens // (P + share * T))):
+        index = part.flatten().to(batch.prompt_ids.device)                                  # (N',)
+        yield index, take_completions(batch, index, share)
 
 
 def score_batch(score: Callable, model: nn.Module, batch: Batch, minibatches: tuple, args: Args) -> Tensor:
-    """Stands for `score(model, batch)`, (N, T): on the micro-batches of the update, so that these are equal."""
+    """Stands for `score(model, batch)`, (N, T): on the micro-batches of the update, so that it gives the same bits."""
     result = torch.zeros(batch.completion_ids.shape, device=batch.prompt_ids.device)
     for minibatch in minibatches:
-        for index in split_minibatch(model, batch, minibatch, args):
-            output = score(model, take_completions(batch, index, args.share_prompt))        # (N', T')
+        for index, part in micro_batches(model, batch, minibatch, args):
+            output = score(model, part)                                                     # (N', T')
             result[index, : output.shape[1]] = output
     return all_sum(result)
 
@@ -876,8 +866,8 @@ def check_policy(policy: nn.Module, pairs: list, args: Args) -> None:
     with as_user_error(f"--model {args.model} cannot be trained here; some models need --no-share-prompt"):
         ids, mask, logprobs = generate_completions(policy, prompt_ids, prompt_mask, uniforms, 1.0, eos_ids)
         batch, index = Batch(prompt_ids, prompt_mask, ids, mask, logprobs), torch.arange(4, device=policy.device)
-        for share_prompt in (False, args.share_prompt):
-            part = take_completions(batch, index, share_prompt)
+        for share in (1, 2) if args.share_prompt else (1,):
+            part = take_completions(batch, index, share)
             gap = (completion_logprobs(policy, part, 1.0)[0] - logprobs).abs().max().item()
             if not gap < 1e-3:
                 raise ValueError(f"the log-probabilities of sampling and of scoring differ by {gap:.2g} nats")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 import grpo
 import ppo
 from helpers.runs import SCRIPTS, make_folder
-from helpers.tiny_models import ENDS, VOCAB, batch_of, make_model, sample, trained_value_model, with_copies
+from helpers.tiny_models import ENDS, VOCAB, make_model, sample, trained_value_model, with_copies
 
 # ----- Cutting the batch -----
 
@@ -33,77 +33,10 @@ def cut(batch, minibatch: Tensor, logits: float = 10**9, rank: int = 0, processe
         return grpo.split_minibatch(model, batch, minibatch, grpo.Args(**args))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("share_prompt", [True, False])
-@pytest.mark.parametrize("budget", [1, 30, 60, 300, 10**6])
-def test_micro_batches_hold_every_completion_once_the_longest_first_and_keep_to_the_budget(
-    budget, share_prompt, processes
-):
-    """What does not fit in memory fails at once. With FSDP all processes must run a layer at the same time."""
-    batch = batch_of(grpo, num_prompts=12, group_size=6, width=9)
-    lengths = batch.completion_mask.sum(1).view(12, 6)
-    lengths = lengths.sum(1, keepdim=True).expand(12, 6) if share_prompt else lengths
-    lengths = (batch.prompt_mask.sum(1, keepdim=True) + lengths).flatten()  # of what is kept together
-    # Once by --micro-batch-tokens, once by the logits that may be held.
-    limits = dict(micro_batch_tokens=budget), dict(micro_batch_tokens=10**9, logits=budget * VOCAB)
-    for limit, minibatch in itertools.product(limits, (*torch.arange(12).roll(5).chunk(3), torch.arange(12))):
-        of_each = [
-            cut(batch, minibatch, rank=rank, processes=processes, share_prompt=share_prompt, **limit)
-            for rank in range(processes)
-        ]
-        of_minibatch = torch.arange(72).view(12, 6)[minibatch].flatten()
-        assert torch.equal(torch.cat([*itertools.chain(*of_each)]).sort().values, of_minibatch.sort().values)
-        for indices in of_each:
-            sizes = [len(index) for index in indices]
-            assert sizes == [len(index) for index in of_each[0]]
-            assert max(sizes) == 1 if budget == 1 else len(sizes) == 1 or budget < 10**6
-            assert (lengths[torch.cat(indices)].diff() <= 0).all()
-            for index in indices:
-                part = grpo.take_completions(batch, index, share_prompt)
-                assert part.prompt_mask.any(0).all()
-                assert part.completion_mask.any(0).all()
-                # A prompt that is shared is that of all its completions.
-                groups = (index // 6).view(len(part.prompt_ids), -1)
-                assert (groups == groups[:, :1]).all()
-                held = part.completion_ids.numel() + (0 if "logits" in limit else part.prompt_ids.numel())
-                assert len(index) == 1 or held <= budget
 
 
-def test_completions_of_similar_lengths_share_a_micro_batch():
-    batch = batch_of(grpo, num_prompts=1, group_size=6, width=9)
-    P, T = batch.prompt_mask.sum(1).max(), batch.completion_mask.sum(1).max()
-    # Three completions and their prompt would fit, but not with three copies of its keys and values.
-    parts = cut(batch, torch.arange(1), micro_batch_tokens=float(3 * T + P + 3 * P / 8) - 0.1)
-    assert [len(index) for index in parts] == [2, 2, 2]
-    assert (batch.completion_mask.sum(1)[torch.cat(parts)].diff() >= 0).all()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_micro_batches_add_up_to_one_pass_over_the_minibatch(share_prompt, processes, monkeypatch):
-    """What `micro_batches` and `score_batch` stand for. And PPO Eq. 6: the first ratio is exactly 1, because the
-    micro-batches of scoring are those of the update."""
-    model, batch = make_model("llama", torch.float32), batch_of(grpo, num_prompts=8, group_size=4)
-    batch = batch._replace(weights=torch.linspace(-1, 1, 32 * 7).view(32, 7))
-    score = lambda model, part: grpo.completion_logprobs(model, part, 0.7)[0]
-    minibatches, expected = torch.arange(8).chunk(2), score(model, batch)
-    (expected[16:] * batch.weights[16:]).sum().backward()
-    expected_gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    for budget in (1, 30, 60, 10**6):
-        args, scored = grpo.Args(micro_batch_tokens=budget, share_prompt=share_prompt), 0
-        model.zero_grad()
-        for rank in range(processes):
-            monkeypatch.setattr(grpo, "world", lambda rank=rank: (rank, processes))
-            with torch.no_grad():
-                own = grpo.score_batch(score, model, batch, minibatches, args)              # (N, T)
-            scored = scored + own
-            for part in grpo.micro_batches(model, batch._replace(old_logprobs=own), minibatches[1], args):
-                logprobs = score(model, part)
-                assert torch.equal(logprobs, part.old_logprobs)
-                (logprobs * part.weights).sum().backward()
-        torch.testing.assert_close(scored, expected.detach(), atol=1e-5, rtol=0)
-        for parameter, gradient in zip(model.parameters(), expected_gradients, strict=True):
-            assert (parameter.grad - gradient).norm() < 1e-5 * gradient.norm()
 
 
 # ----- A run whose gradients are caught -----

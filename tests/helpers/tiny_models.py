@@ -104,5 +104,6 @@ def with_copies(batch):
 def in_parts(script, score, batch, size: int, share_prompt: bool) -> Tensor:
     """What `score` gives for the batch in parts of `size` completions, (N, T)."""
     indices, width = torch.arange(len(batch.completion_ids)).split(size), batch.completion_ids.shape[1]
-    parts = [score(script.take_completions(batch, index, share_prompt)) for index in indices]
+    share = min(size, len(batch.completion_ids) // len(batch.prompt_ids)) if share_prompt else 1
+    parts = [score(script.take_completions(batch, index, share)) for index in indices]
     return torch.cat([nn.functional.pad(x, (0, width - x.shape[1])) for x in parts])
