@@ -362,14 +362,16 @@ class ValueModel(nn.Module):
     def forward(self, logits_to_keep: Tensor, **inputs: object) -> CausalLMOutputWithPast:
         """As a language model whose vocabulary is one value: its logits are (N, T, 1)."""
         output = self.backbone(**inputs)
-        states = slice_logits_to_keep(output.last_hidden_state, logits_to_keep)
-        return CausalLMOutputWithPast(logits=self.head(states), cache=output.cache)
+        states = slice_logits_to_keep(output.last_hidden_state, logits_to_keep).to(self.head.weight.dtype)
+        with torch.autocast(states.device.type, enabled=False):  # in bfloat16, values near 1 would be 0.004 apart
+            values = self.head(states).clone()          # FSDP2 warns of a view
+        return CausalLMOutputWithPast(logits=values, cache=output.cache)
 
 
 def completion_values(value_model: ValueModel, batch: Batch) -> Tensor:
     """V(s_t) of the state s_t = (q, o_{<t}) before each token, (N, T), in units of reward, 0 in the padding."""
     values = predict_completions(value_model, batch)[..., 0]                                # (N, T)
-    return values.to(torch.promote_types(values.dtype, torch.float32)).where(batch.completion_mask, 0.0)
+    return values.where(batch.completion_mask, 0.0)
 
 
 # ----- Score: token rewards, with the KL penalty on every token and the completion's reward on the last -----
