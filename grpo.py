@@ -218,47 +218,49 @@ def next_problems(pairs: list, step: int, num_prompts: int, seed: int) -> list:
     return [pairs[i] for i in order[place * num_prompts : (place + 1) * num_prompts].tolist()]
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token for each row of logits, (R, V), from softmax(logits / temperature), without top-k or top-p; the most
-    probable one at temperature 0. uniforms: (R,), in [0, 1). Returns tokens and log-probabilities, both (R,)."""
+    probable one at temperature 0. Returns tokens and their log-probabilities in nats, both (R,)."""
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                          # (R, V)
     if temperature == 0:
         tokens = logp.argmax(-1)                                                            # (R,)
     else:
-        # The first token whose cumulative probability exceeds a random number. By rounding, the total is not exactly 1.
+        # The first token whose cumulative probability reaches a random number above 0 and at most the total, which by
+        # rounding is not exactly 1. In float32 the rare tokens of a large vocabulary would vanish in the sum.
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)                                    # (R, V)
-        threshold = uniforms[:, None].clamp(max=1 - torch.finfo(uniforms.dtype).eps) * cdf[:, -1:]  # (R, 1)
-        tokens = torch.searchsorted(cdf, threshold, right=True)[:, 0]                       # (R,)
+        threshold = (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:]                         # (R, 1)
+        tokens = torch.searchsorted(cdf, threshold)[:, 0].clamp(max=cdf.shape[1] - 1)       # (R,), NaN finds none
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
 @torch.no_grad()
 def generate_completions(
-    policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float, eos_ids: Tensor
+    policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int, max_new_tokens: int,
+    temperature: float, eos_ids: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample G completions per prompt, token by token, each until an EOS token or T tokens.
+    """Sample G completions per prompt, token by token, each until an EOS token or max_new_tokens tokens.
 
-    Args: prompt_ids, prompt_mask (B, P), as in `Batch`; eos_ids (E,); uniforms (N, T), N = B G, one random number per
-        token, drawn in advance, so that a completion depends neither on the other rows nor on the process.
+    Args: prompt_ids, prompt_mask (B, P), as in `Batch`; eos_ids (E,).
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is the length of the longest completion.
     """
-    num_rows, max_new_tokens = uniforms.shape
-    ids = prompt_ids.new_zeros(num_rows, max_new_tokens)                                    # (N, T) before it is cut
+    ids = prompt_ids.new_zeros(len(prompt_ids) * group_size, max_new_tokens)                # (N, T) before it is cut
     logprobs = torch.zeros_like(ids, dtype=torch.float32)                                   # (N, T)
     running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
-    decoder = Decoder(policy, prompt_ids, prompt_mask, num_rows // len(prompt_ids), max_new_tokens)
+    decoder = Decoder(policy, prompt_ids, prompt_mask, group_size, max_new_tokens)
     for t in range(max_new_tokens):
         # R of the N rows: all that run, and some that have ended, whose tokens the mask removes.
         rows = decoder.running_rows(running, t)                                             # (R,)
         if len(rows) == 0:
             break
         logits = decoder.next_logits(ids[:, :t])                                            # (R, V), after q and o_{<t}
-        ids[rows, t], logprobs[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
+        ids[rows, t], logprobs[rows, t] = sample_tokens(logits, temperature)
         running = running & ~torch.isin(ids[:, t], eos_ids)
     is_end = torch.isin(ids, eos_ids).long()                                                # (N, T)
     mask = is_end.cumsum(1) - is_end == 0       # (N, T), no EOS token before: true through the first, or through T
     T = int(mask.sum(1).max())
-    return ids.where(mask, 0)[:, :T], mask[:, :T], logprobs.where(mask, 0.0)[:, :T]
+    ids, mask, logprobs = ids.where(mask, 0)[:, :T], mask[:, :T], logprobs.where(mask, 0.0)[:, :T]
+    assert logprobs.isfinite().all(), "the model's output is not finite"
+    return ids, mask, logprobs
 
 
 def rollout(
@@ -278,13 +280,13 @@ def rollout(
     The second was cut off: it is rewarded and trained like any other. In GRPO the last group teaches only the KL.
     """
     # Each process samples for its own share of the prompts; all_gather gives every process the whole batch.
-    random_numbers = torch.manual_seed(args.seed * 1_000_003 + step)
-    random.seed(f"{args.seed} {step}")                  # a reward may draw, too
-    shape = args.num_prompts * args.group_size, args.max_new_tokens
-    uniforms = torch.rand(shape, dtype=torch.float64, generator=random_numbers).to(eos_ids.device)  # (N, T)
+    rank, processes = world()
+    torch.manual_seed(args.seed * 1_000_003 + step * processes + rank)
+    random.seed(f"{args.seed} {step} {rank}")           # a reward may draw, too
     prompt_ids, prompt_mask = pad_prompts([prompt for prompt, _ in pairs], eos_ids.device)  # (B, P), each
     ids, mask, logprobs = generate_completions(
-        sampler, own_share(prompt_ids), own_share(prompt_mask), own_share(uniforms), args.temperature, eos_ids
+        sampler, own_share(prompt_ids), own_share(prompt_mask), args.group_size, args.max_new_tokens, args.temperature,
+        eos_ids,
     )
     problems = [problem for _, problem in own_share(pairs) for _ in range(args.group_size)]  # each G times
     texts = decode(tokenizer, ids, mask, eos_ids)
@@ -862,9 +864,9 @@ def check_policy(policy: nn.Module, pairs: list, args: Args) -> None:
     prompt_ids, prompt_mask = pad_prompts([longest, longest[: len(longest) // 4 + 1]], policy.device)  # (2, P), each
     # Every eighth token ends a completion, so that some end early.
     eos_ids = torch.arange(0, policy.config.get_text_config().vocab_size, 8, device=policy.device)
-    uniforms = torch.rand((4, 8), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(policy.device)
+    torch.manual_seed(0)
     with as_user_error(f"--model {args.model} cannot be trained here; some models need --no-share-prompt"):
-        ids, mask, logprobs = generate_completions(policy, prompt_ids, prompt_mask, uniforms, 1.0, eos_ids)
+        ids, mask, logprobs = generate_completions(policy, prompt_ids, prompt_mask, 2, 8, 1.0, eos_ids)
         batch, index = Batch(prompt_ids, prompt_mask, ids, mask, logprobs), torch.arange(4, device=policy.device)
         for share in (1, 2) if args.share_prompt else (1,):
             part = take_completions(batch, index, share)
@@ -1038,16 +1040,14 @@ class Run:
         refresh_sampler(self.sampler, self.policy)
         size = args.num_prompts * args.group_size  # as many completions at once as in training
         for kind, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
-            shape, random_numbers = (len(self.held_out), args.max_new_tokens), torch.manual_seed(0)
-            random.seed("0 0")
-            uniforms = torch.rand(shape, dtype=torch.float64, generator=random_numbers).to(self.eos_ids.device)
-            uniforms = own_share(uniforms)
+            torch.manual_seed(world()[0])  # the same random numbers in every evaluation, for a reward, too
+            random.seed(world()[0])
             lines = []
             for i in range(0, len(own), size):
                 pairs = own[i : i + size]
                 prompts = pad_prompts([prompt for prompt, _ in pairs], self.eos_ids.device)
                 ids, mask, _ = generate_completions(
-                    self.sampler, *prompts, uniforms[i : i + size], temperature, self.eos_ids
+                    self.sampler, *prompts, 1, args.max_new_tokens, temperature, self.eos_ids
                 )
                 texts = decode(self.tokenizer, ids, mask, self.eos_ids)
                 rewards = checked_rewards(texts, [problem for _, problem in pairs], ids.device)

@@ -3,7 +3,6 @@
 and padding. First the functions that cut, then `train` itself, whose gradients are caught where it would step. And the
 first step of all: what was sampled is what is scored."""
 
-import copy
 import functools
 import itertools
 import json
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 import grpo
 import ppo
 from helpers.runs import SCRIPTS, make_folder
-from helpers.tiny_models import ENDS, VOCAB, make_model, sample, trained_value_model, with_copies
+from helpers.tiny_models import VOCAB, trained_value_model
 
 # ----- Cutting the batch -----
 
@@ -205,21 +204,3 @@ def test_there_is_no_step_where_the_norm_is_0_or_not_finite(script, bad):
 # ----- The first step -----
 
 
-@SCRIPTS
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.6])
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_before_the_first_update_the_ratio_is_1_and_the_kl_is_0(script, name, temperature, share_prompt):
-    """The policy, the old one and the reference score alike, exactly, and as was sampled, but for rounding: greedy and
-    sampled, with pad == eos and ragged prompts."""
-    policy = make_model(name, torch.float32)
-    batch = sample(policy, temperature=temperature, script=script)
-    batch = batch if share_prompt else with_copies(batch)
-    ended = torch.isin(batch.completion_ids, ENDS) & batch.completion_mask
-    assert ended.sum() > 3
-    assert len(set(batch.completion_mask.sum(1).tolist())) > 1
-    policies = policy, policy, copy.deepcopy(policy)
-    logprobs, *others = (script.completion_logprobs(model, batch, temperature or 1.0)[0] for model in policies)
-    assert all(torch.equal(other, logprobs) for other in others)
-    torch.testing.assert_close(logprobs.detach(), batch.sampler_logprobs, atol=3e-5, rtol=0)
-    assert (logprobs[ended] < 0).all()  # the end token counts, although it is the padding
