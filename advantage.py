@@ -7,7 +7,7 @@
     whiten               Ziegler et al. (arXiv 1909.08593)             mean 0, variance 1 over the tokens that count
     explained_variance   a metric                                      how well the value function predicts the returns
 
-Shapes: B prompts, G completions of each, T completion tokens. Advantages carry no gradient.
+Shapes: B prompts, G completions of each, T completion tokens. Nothing is detached here: the inputs carry no gradient.
 """
 
 import torch
@@ -22,11 +22,11 @@ def group_advantages(rewards: Tensor, scale: str = "group", baseline: str = "mea
 
     Args:
         rewards: (B, G), one prompt a row, floating point.
-        scale: "group" divides by the standard deviation of the row, "batch" by that of all B * G rewards,
-            "none" not at all (Dr. GRPO, arXiv 2503.20783: dividing favours prompts that are very easy or hard).
+        scale: "group" divides by the standard deviation of the row, "none" not at all (Dr. GRPO, arXiv 2503.20783:
+            dividing favours prompts that are very easy or hard).
         baseline: "mean" subtracts the mean of the row, "leave_one_out" the mean of the other G - 1 rewards
-            (RLOO, arXiv 2402.14740), which is G / (G - 1) * (r_i - mean). The gradient is then unbiased with scale
-            "none" and a constant loss average; that of the mean is (G - 1) / G of it.
+            (RLOO, arXiv 2402.14740), which gives G / (G - 1) * (r_i - mean). On-policy, with scale "none" and loss
+            average "constant", the mean gradient is then that of E[r] / max_new_tokens; with "mean", (G - 1) / G of it.
 
     Returns:
         (B, G); in standard deviations unless scale is "none". Every row sums to 0. Equal rewards give exactly 0.
@@ -43,8 +43,8 @@ def group_advantages(rewards: Tensor, scale: str = "group", baseline: str = "mea
         raise ValueError(f"rewards must be floating point of shape (B, G), got {rewards.dtype} {tuple(rewards.shape)}")
     if rewards.shape[1] < 2:
         raise ValueError("a group of one has nothing to be compared with: sample at least 2 completions per prompt")
-    _check_choice("scale", scale, ("group", "batch", "none"))
-    _check_choice("baseline", baseline, ("mean", "leave_one_out"))
+    if scale not in ("group", "none") or baseline not in ("mean", "leave_one_out"):
+        raise ValueError(f"no such scale or baseline: {scale!r}, {baseline!r}")
 
     group_size = rewards.shape[1]
     centred = rewards - rewards.mean(dim=1, keepdim=True)                                   # (B, G)
@@ -55,8 +55,6 @@ def group_advantages(rewards: Tensor, scale: str = "group", baseline: str = "mea
         advantages = advantages * (group_size / (group_size - 1))
     if scale == "group":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + STD_EPS)
-    if scale == "batch":
-        advantages = advantages / (rewards.std() + STD_EPS)
     return advantages
 
 
@@ -73,15 +71,15 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor) -> Tensor:
 
     One step per output, at its last token, is outcome supervision: `group_advantages` on every token.
 
-    In grpo.py, with the KL in the loss, these lines would replace the two of step 2; `advantages` then has its shape,
-    so `.view(-1, 1).expand_as(weights)` goes. Every finished column of a sum, which ends in ";", earns 0.1:
+    In grpo.py's train, these lines replace `per_completion` and `advantages` of step 2. Every finished column of a sum,
+    which ends in ";", earns 0.1:
 
         mask = batch.completion_mask                                                        # (N, T)
         last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
         column = mask & (batch.completion_ids == tokenizer.convert_tokens_to_ids(";"))
         step_rewards = 0.1 * column + last * rewards[:, None]                               # (N, T)
-        step_rewards, ends = (x.unflatten(0, (-1, args.group_size)) for x in (step_rewards, column | last))
-        advantages = process_advantages(step_rewards, ends).flatten(0, 1)                   # (B, G, T) to (N, T)
+        shape = (*groups.shape, mask.shape[1])                                              # (B, G, T)
+        advantages = process_advantages(step_rewards.view(shape), (column | last).view(shape)).view(mask.shape)
 
     >>> rewards = torch.tensor([[[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]])
     >>> ends = torch.tensor([[[True, False, True], [True, False, True]]])
@@ -145,16 +143,15 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) over the entries where mask is true (Ziegler et al.'s code).
 
     Args:
         x: any shape.
         mask: the shape of x, bool.
-        shift_mean: False adds the mean back, so that it is kept; the sign of a single number may change.
 
     Returns:
-        The shape of x, 0 where mask is false. The variance is the population one, and becomes var / (var + 1e-8).
+        The shape of x, 0 where mask is false. var is the population variance, that of the result var / (var + 1e-8).
 
     >>> whiten(torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False]))
     tensor([-1.,  1.,  0.])
@@ -164,12 +161,11 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     count = mask.sum().clamp(min=1)
     mean = x.where(mask, 0.0).sum() / count
     centred = (x - mean).where(mask, 0.0)
-    whitened = centred * torch.rsqrt(centred.square().sum() / count + 1e-8)
-    return whitened if shift_mean else (whitened + mean).where(mask, 0.0)
+    return centred * torch.rsqrt(centred.square().sum() / count + 1e-8)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the tokens: 1 is a perfect prediction, 0 is no better than a constant.
+    """1 - Var(R - V) / Var(R) over the tokens: 1 if V is right up to a constant, 0 if no better than a constant.
 
     Args:
         values, returns: any shape.
@@ -183,8 +179,3 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """
     errors, variance = (returns - values)[mask], returns[mask].var(correction=0)
     return (1 - errors.var(correction=0) / variance).where(variance > 1e-8, 0.0)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""GRPO on a language model: Group Relative Policy Optimization, complete in this file, advantage.py and kl.py.
+"""GRPO on a language model: Group Relative Policy Optimization. Each step:
+
+    1. Rollout    G completions per prompt, their rewards  rollout
+    2. Advantage  compare each reward with its group's     group_advantages
+    3. Score      log-probabilities under pi_ref, pi_old   completion_logprobs
+    4. Update     mu passes on clipped loss plus beta KL   grpo_loss
+
+    python grpo.py            a tiny model learns to add, without any download
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl \\
+        --eval-data test.jsonl --max-new-tokens 512
 
 Papers: DeepSeekMath (arXiv 2402.03300) sections 4.1.1 and 4.1.2 and Algorithm 1; PPO (arXiv 1707.06347) for the clipped
 objective. Flags add what came later: parts of DAPO (2503.14476), Dr. GRPO (2503.20783), RLOO (2402.14740), GSPO
 (2507.18071) and the importance-weighted KL of DeepSeek-V3.2 (2512.02556).
 
-The policy pi_theta is a causal language model: after a prompt q, it assigns every next token a probability. Each step:
-
-    1. Rollout     Sample G completions per prompt with the old policy; reward each      rollout
-    2. Advantage   Compare each completion's reward with its group's                     group_advantages (advantage.py)
-    3. Score       Compute the tokens' log-probabilities under pi_ref and pi_old         completion_logprobs
-    4. Update      Lower the clipped loss plus beta times the KL from pi_ref, mu times   grpo_loss, kl_estimate (kl.py)
-
-Advantage and KL pull against each other: the advantage pushes the policy toward whatever earns more than its group's
-mean; the KL keeps it near the reference policy, so that it still writes the language it was trained on.
+The policy pi_theta is a causal language model: after a prompt q, it gives any next token its probability. Advantage and
+KL pull against each other: the advantage pushes the policy toward whatever earns more than its group's mean; the KL
+keeps it near the reference policy, so that it still writes the language it was trained on.
 
     symbol       name in the code    shape        meaning
     G            group_size          scalar       completions per prompt
@@ -22,7 +25,7 @@ mean; the KL keeps it near the reference policy, so that it still writes the lan
     o_i          completion_ids      (N, T)       N = B G completions of at most T tokens, right-padded
     |o_i|        completion_mask     (N, T)       true on the tokens of o_i, its EOS token too; sums to |o_i|
     r_i          rewards             (N,)         the reward of a completion
-    A_{i,t}      advantages          (N, T)       in standard deviations of the group (scale "none": as rewards)
+    A_{i,t}      advantages          (N, T)       r_i less its group's mean, over its group's std by default
     pi_theta     logprobs            (N, T)       log pi_theta(o_{i,t} | q, o_{i,<t}) at the sampling temperature, nats
     pi_old       old_logprobs        (N, T)       the same before the first update of the step
     pi_ref       ref_logprobs        (N, T)       the same under the reference policy, which is frozen
@@ -31,13 +34,10 @@ mean; the KL keeps it near the reference policy, so that it still writes the lan
     M/(BG|o_i|)  weights             (N, T)       a token's weight in the loss, by default; M is num_minibatches
     eps, beta    clip_eps, beta      scalar       clip range of the ratio; weight of the KL
 
-Differs from the papers, each marked "Differs" where it happens: the std is the sample one plus 1e-4 (advantage.py);
+Differences from the papers, each marked "Differs" where it happens: the std is the sample one plus 1e-4 (advantage.py);
 DAPO's token mean runs over all groups at once; in bfloat16 the completions come from rounded weights, uncorrected; the
 reference stays the initial policy unless --ref-refresh-every is set, and no reward model is retrained; the learning
 rate is constant, the gradient is clipped, and where it is 0 or not finite, there is no update.
-
-    python grpo.py                                     a tiny model learns two-digit addition, without any download
-    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data test.jsonl --max-new-tokens 512
 
 The algorithm comes first; below SPEED is what saves time or memory, below PLUMBING are files, processes and errors. For
 a task of your own, copy this file with advantage.py and kl.py, and change the block marked CHANGE THIS.
@@ -55,6 +55,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -105,7 +106,7 @@ class Args:
     num_minibatches: int = 1
     """optimizer updates per pass"""
     learning_rate: float | None = None
-    """AdamW's learning rate; default: 1e-6 (DeepSeekMath 4.2), but 5e-4 for a model of less than 10 M parameters"""
+    """AdamW's learning rate; default: 1e-6 (DeepSeekMath 4.2), but 5e-4 for models below 10 M parameters"""
     max_grad_norm: float = 1.0
     """gradient clipping: gradients with a larger norm are scaled down to this norm"""
     # The loss
@@ -116,15 +117,15 @@ class Args:
     kl_importance_weight: bool = False
     """multiply k1 or k3 in the loss by the ratio: the gradient is then that of KL[policy, reference] (DeepSeek-V3.2)"""
     ref_refresh_every: int = 0
-    """steps after which pi_ref <- pi_theta, as in iterative GRPO (DeepSeekMath 4.1.4 and Algorithm 1); 0: never"""
+    """steps between refreshes of pi_ref, as in iterative GRPO (DeepSeekMath 4.1.4); 0: never"""
     clip_eps: float = 0.2
-    """eps: the ratio is clipped to [1 - eps, 1 + eps] (PPO Eq. 7, DeepSeekMath Eq. 3)"""
+    """eps: the ratio is clipped to [1 - eps, 1 + eps] (PPO Eq. 7)"""
     clip_eps_high: float | None = None
     """upper eps, if different from the lower one (DAPO's clip-higher: 0.28)"""
     ratio_level: Literal["token", "sequence"] = "token"
     """sequence: one ratio per completion, the geometric mean over its tokens (GSPO Eq. 7; clip about 4e-4)"""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
-    """sequence: 1/|o_i| sum_t (DeepSeekMath Eq. 3); token: all tokens alike (DAPO Eq. 8); constant: Dr. GRPO"""
+    """sequence: 1/|o_i| sum_t (DeepSeekMath Eqs. 1, 3); token: all tokens alike (DAPO Eq. 8); constant: Dr. GRPO"""
     advantage_scale: Literal["group", "none"] = "group"
     """what divides the advantage. group: the group's std (DeepSeekMath); none: nothing (Dr. GRPO)"""
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
@@ -133,9 +134,9 @@ class Args:
     """leave completions without an EOS token out of the loss, but not out of their group (DAPO's overlong filtering)"""
     # The machine
     share_prompt: bool = True
-    """run a prompt once for all its completions in a micro-batch, as in sampling; a few models cannot do that"""
+    """run a prompt once for all its completions in a micro-batch; a few models cannot do that"""
     micro_batch_tokens: int = 8192
-    """maximum tokens, with padding, in a micro-batch of the update: less memory; changes gradients only by rounding"""
+    """maximum tokens in a micro-batch, with padding; fewer need less memory; gradients change only by rounding"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute dtype; weights stay float32; auto: bfloat16 on a GPU if the model has over 10 M parameters"""
     # The run
@@ -161,6 +162,8 @@ INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 def read_prompt(problem: dict) -> str | list[dict[str, str]]:
     """The prompt of a problem, a line of --data: text, or chat messages with "role" and "content". A "prompt" is used
     as it is; INSTRUCTION is appended to a "question". An error ends the run with a sentence that names the line."""
+    if "answer" not in problem or not {"question", "prompt"} & problem.keys():
+        raise ValueError('it must have "answer" and either "question" or "prompt"')
     if not isinstance(problem["answer"], str) or final_number("#" + problem["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
     return problem["prompt"] if "prompt" in problem else problem["question"] + INSTRUCTION
@@ -169,7 +172,7 @@ def read_prompt(problem: dict) -> str | list[dict[str, str]]:
 def final_number(text: str) -> float | None:
     """The number after the last "#", or None if there is not exactly one: a list of guesses is not an answer."""
     words = text.rpartition("#")[2].split() if "#" in text else []
-    words = [word.strip("*$().,;:!?%") for word in words if re.search("[0-9]", word)]
+    words = [word.lstrip("*$(").rstrip("*).,;:!?%") for word in words if re.search("[0-9]|^-$", word)]
     if len(words) == 1 and re.fullmatch(r"[-+]?[0-9][0-9,]*(\.[0-9]+)?", words[0]):
         return float(words[0].replace(",", ""))
     return None
@@ -193,13 +196,13 @@ def compute_rewards(completions: list[str], problems: list[dict]) -> list[float]
 
 
 class Batch(NamedTuple):
-    """B prompts and their N = B G completions: G to the first prompt, then G to the second, and so on. Below, B' and N'
-    are those of a process, a minibatch, or a micro-batch, called a part, which is cut to its own P and T."""
+    """B prompts and their N = B G completions: those of the first prompt, then of the second, and so on. Below, B'
+    and N' are those of a process, a minibatch, or a part (a micro-batch), trimmed to its own P and T."""
 
     prompt_ids: Tensor          # (B, P), left-padded
     prompt_mask: Tensor         # (B, P), bool, true on the tokens
     completion_ids: Tensor      # (N, T), right-padded
-    completion_mask: Tensor     # (N, T), bool, true through EOS; a completion cut off at T is trained like any other
+    completion_mask: Tensor     # (N, T), bool, true through EOS, or through T: what is cut off is trained, too
     sampler_logprobs: Tensor    # (N, T), from the sampler, whose weights may be bfloat16; for policy/sampler_gap
     old_logprobs: Tensor | None = None  # (N, T), and so are all below
     ref_logprobs: Tensor | None = None
@@ -225,8 +228,8 @@ def sample_tokens(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if temperature == 0:
         tokens = logp.argmax(-1)                                                            # (R,)
     else:
-        # The first token whose cumulative probability reaches a random number above 0 and at most the total, which by
-        # rounding is not exactly 1. In float32 the rare tokens of a large vocabulary would vanish in the sum.
+        # The first token whose cumulative probability reaches a random threshold in (0, total]. In float32 the rare
+        # tokens of a large vocabulary would vanish in the sum; torch.multinomial takes longer.
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)                                    # (R, V)
         threshold = (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:]                         # (R, 1)
         tokens = torch.searchsorted(cdf, threshold)[:, 0].clamp(max=cdf.shape[1] - 1)       # (R,), NaN finds none
@@ -243,7 +246,7 @@ def generate_completions(
     Args: prompt_ids, prompt_mask (B, P), as in `Batch`; eos_ids (E,).
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is the length of the longest completion.
     """
-    ids = prompt_ids.new_zeros(len(prompt_ids) * group_size, max_new_tokens)                # (N, T) before it is cut
+    ids = prompt_ids.new_zeros(len(prompt_ids) * group_size, max_new_tokens)                # (N, max_new_tokens)
     logprobs = torch.zeros_like(ids, dtype=torch.float32)                                   # (N, T)
     running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
     decoder = Decoder(policy, prompt_ids, prompt_mask, group_size, max_new_tokens)
@@ -269,7 +272,7 @@ def rollout(
     """Sample completions for B pairs (prompt ids, problem), and compute their rewards.
 
     Returns: the batch; rewards, (N,); ended, (N,), false where a completion was cut off at max_new_tokens. With B = 2,
-    G = 2, max_new_tokens = 4 and 2 as EOS token (A and weights follow later, here as in grpo.py, with one minibatch):
+    G = 2, max_new_tokens = 4 and EOS token 2 (A, that of grpo.py, and weights, for one minibatch, come in later steps):
 
         prompt_ids    completion_ids     completion_mask    rewards    ended     A         weights
         [0, 5, 6]     [21, 22,  2,  0]   [1, 1, 1, 0]       1.0        true      0.707     [1/12, 1/12, 1/12, 0]
@@ -277,19 +280,19 @@ def rollout(
         [7, 8, 9]     [21,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
                       [22,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
 
-    The second was cut off: it is rewarded and trained like any other. In GRPO the last group teaches only the KL.
+    The second was cut off: it is rewarded and, by default, trained like any other. The last group teaches only the KL.
     """
     # Each process samples for its own share of the prompts; all_gather gives every process the whole batch.
     rank, processes = world()
     torch.manual_seed(args.seed * 1_000_003 + step * processes + rank)
     random.seed(f"{args.seed} {step} {rank}")           # a reward may draw, too
     prompt_ids, prompt_mask = pad_prompts([prompt for prompt, _ in pairs], eos_ids.device)  # (B, P), each
-    ids, mask, logprobs = generate_completions(
+    ids, mask, logprobs = generate_completions(                                             # (N', T), each
         sampler, own_share(prompt_ids), own_share(prompt_mask), args.group_size, args.max_new_tokens, args.temperature,
         eos_ids,
     )
     problems = [problem for _, problem in own_share(pairs) for _ in range(args.group_size)]  # each G times
-    texts = decode(tokenizer, ids, mask, eos_ids)
+    texts = decode(tokenizer, ids, mask, eos_ids)       # for compute_rewards
     rewards = all_gather(checked_rewards(texts, problems, eos_ids.device))                  # (N,), r_i
     batch = Batch(prompt_ids, prompt_mask, all_gather(ids), all_gather(mask), all_gather(logprobs))
     ended = (torch.isin(batch.completion_ids, eos_ids) & batch.completion_mask).any(-1)     # (N,)
@@ -306,9 +309,9 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
         mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                     # (N, P + T)
         rows = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
         ids = pad_sequence(rows, batch_first=True)                                          # (N, L)
-        # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
+        # Position j predicts token j + 1: the prompt's last one predicts o_0. In the padding, any will do.
         t = torch.arange(batch.completion_ids.shape[1], device=ids.device)                  # (T,)
-        before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)  # (N, T), padding: any
+        before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)  # (N, T)
         # Two-dimensional logits_to_keep: the positions of each row that are projected to logits.
         return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits          # (N, T, V)
     return predict_shared(model, batch)  # the same, but a prompt runs once for all its completions: see SPEED
@@ -377,8 +380,7 @@ def grpo_loss(
         lengths = completion_mask.sum(-1, keepdim=True).clamp(min=1)                        # (..., 1), |o_i|
         ratio = (log_ratio.sum(-1, keepdim=True) / lengths).exp().expand_as(log_ratio)      # (..., T)
 
-    # PPO Eq. 7, a pessimistic bound: the gradient is 0 only where the ratio has left the clip range in the direction in
-    # which the advantage pushes it.
+    # PPO Eq. 7, a pessimistic bound: no gradient where the ratio has left the clip range the way the advantage pushes.
     unclipped = ratio * advantages                                                          # (..., T)
     eps_high = clip_eps if clip_eps_high is None else clip_eps_high
     clipped = ratio.clamp(1 - clip_eps, 1 + eps_high) * advantages                          # (..., T)
@@ -428,12 +430,12 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None)}              # what a checkpoint holds
     run = Run(args, tokenizer, eos_ids, held_out, sampler, models, betas={}, stop=stop)
-    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # each (B',) prompts; never reshuffled
-    score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # (N', T)
+    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # (B',) each: prompts, in every epoch
+    score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # gives (N', T)
     for step in run.bar:                                # from 0, or the checkpoint's step, through num_steps
         if run.evaluate_and_save(step):                 # when it is due; true after the last step or a signal
             break
-        # Differs: this outer loop of Algorithm 1 is optional, and no reward model is retrained.
+        # Differs: Algorithm 1 always has this outer loop, and retrains the reward model in it.
         if ref_policy and args.ref_refresh_every and step % args.ref_refresh_every == 0:
             ref_policy.load_state_dict(policy.state_dict())                                 # pi_ref <- pi_theta
         refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta
@@ -446,12 +448,11 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         # ---- 2. Advantage: how much better than its group was each completion (4.1.2)? ----
         groups = rewards.view(-1, args.group_size)                                          # (B, G)
         per_completion = group_advantages(groups, args.advantage_scale, args.advantage_baseline)  # (B, G), A_i
-        # Every token of o_i gets A_i.
-        advantages = per_completion.view(-1, 1).expand_as(batch.completion_mask)            # (N, T)
+        advantages = per_completion.view(-1, 1).expand_as(batch.completion_mask)  # (N, T): every token of o_i gets A_i
 
         # ---- 3. Score: the same tokens under pi_ref, for the KL, and under pi_old, for the ratio; no gradient ----
-        # pi_old is the trainer's own forward pass before the first update, on the micro-batches of the update: the
-        # first ratio is exactly 1. With a single update per step it is logprobs.detach() in step 4, for free.
+        # pi_old is the policy before its first update, scored by the trainer on the micro-batches of the update: the
+        # first ratio is exactly 1. With one update per step, logprobs.detach() in step 4 gives it for free.
         with torch.no_grad(), autocast:
             if ref_policy:
                 batch = batch._replace(ref_logprobs=score_batch(score, ref_policy, batch, minibatches, args))  # (N, T)
@@ -460,27 +461,25 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
 
         # ---- 4. Update: mu passes, on the clipped loss plus beta times the KL (Eq. 3) ----
         # The weights divide by the whole batch. A minibatch is 1 / num_minibatches of it, hence the factor.
-        counted = batch.completion_mask                                                     # (N, T)
-        if args.mask_truncated:                         # else a completion that was cut off counts like any other
-            counted = counted & ended[:, None]
+        counted = batch.completion_mask & ended[:, None] if args.mask_truncated else batch.completion_mask  # (N, T)
         weights = args.num_minibatches * loss_weights(counted, args.loss_average, args.max_new_tokens)  # (N, T)
         batch = batch._replace(advantages=advantages, weights=weights)
         metrics = Metrics()
         for _ in range(args.update_epochs):
             for minibatch in minibatches:
-                # The gradients of the parts add up to that of the minibatch; FSDP adds up those of the processes.
+                # A part is a micro-batch. Gradients add up over the parts and, in FSDP, over the processes.
                 for _, part in micro_batches(policy, batch, minibatch, args):
                     with autocast:
                         logprobs, entropy = completion_logprobs(policy, part, args.temperature)  # (N', T), each
                     old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs  # (N', T)
-                    loss, curves = grpo_loss(
+                    loss, per_token = grpo_loss(
                         logprobs, old_logprobs, part.ref_logprobs, part.advantages, part.completion_mask, part.weights,
                         args.beta, args.clip_eps, args.clip_eps_high, args.ratio_level, args.kl_estimator,
                         args.kl_importance_weight,
                     )
                     loss.backward()
                     gap = (old_logprobs - part.sampler_logprobs).abs()                      # (N', T)
-                    metrics.add(part.completion_mask, loss, entropy=entropy, sampler_gap=gap, **curves)
+                    metrics.add(part.completion_mask, loss, entropy=entropy, sampler_gap=gap, **per_token)
                 metrics.grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm))
 
         run.log_step({
@@ -500,20 +499,17 @@ STOP_TEST_EVERY = 4  # tokens between tests for ended rows, because a test waits
 
 
 class Decoder:
-    """Logits of the next token for N = B G rows. Stands for `policy(torch.cat([prompts, ids], 1)).logits[:, -1]` with
+    """Logits of the next token for N = B G rows. Stands for `model(torch.cat([prompts, ids], 1)).logits[:, -1]` with
     each prompt repeated G times: a cache keeps the keys and values of all tokens before, and ended rows leave it."""
 
-    def __init__(
-        self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int, max_new_tokens: int
-    ):
-        self.policy, self.prompt_ids, self.prompt_mask = policy, prompt_ids, prompt_mask    # (B, P)
-        prompts = torch.arange(len(prompt_ids), device=prompt_ids.device)                   # (B,)
-        self.prompts = prompts.repeat_interleave(group_size)                                # (N,), of each row
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int, max_new_tokens: int):
+        self.model, self.prompt_ids, self.prompt_mask = model, prompt_ids, prompt_mask    # (B, P)
+        self.prompts = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(group_size)  # (N,)
         self.rows = torch.arange(len(self.prompts), device=prompt_ids.device)               # (R,), those in the cache
         self.lengths = prompt_mask.sum(1)[self.prompts]                                     # (R,), of the prompts
         self.visible = nn.functional.pad(prompt_mask[self.prompts].long(), (0, max_new_tokens), value=1)  # (R, P + T)
         # Of fixed size, if the model can use such a cache: else every token waits for the device.
-        self.cache = StaticCache(policy.config, self.visible.shape[1]) if policy._can_compile_fullgraph else None
+        self.cache = StaticCache(model.config, self.visible.shape[1]) if model._can_compile_fullgraph else None
         self.can_record, self.recorded_step = False, None       # until the prompts have run
 
     def running_rows(self, running: Tensor, t: int) -> Tensor:
@@ -535,19 +531,17 @@ class Decoder:
         tokens, position_ids = ids[self.rows, -1:], self.lengths[:, None] + t - 1           # (R, 1), each
         if self.can_record and t > 1:  # the step at t = 1, below, has loaded the kernels
             if self.recorded_step is None:
-                self.recorded_step = record_step(self.policy, self.visible, position_ids, self.cache)
+                self.recorded_step = record_step(self.model, self.visible, position_ids, self.cache)
             return self.recorded_step(tokens)
-        visible = self.visible[:, : self.prompt_ids.shape[1] + t]                           # (R, P + t)
-        with note_waits(self.can_record) as waits:
-            output = self.policy(tokens, attention_mask=visible, position_ids=position_ids, cache=self.cache,
-                                 use_cache=True)
-        self.can_record = self.can_record and not waits
+        step = partial(self.model, tokens, attention_mask=self.visible[:, : self.prompt_ids.shape[1] + t],
+                       position_ids=position_ids, cache=self.cache, use_cache=True)
+        output, self.can_record = watch_step(step) if self.can_record else (step(), False)
         return output.logits[:, -1]
 
     def run_prompts(self) -> Tensor:
         """Run every prompt once and repeat its keys and values G times. Returns the first logits, (N, V)."""
         position_ids = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)            # positions must ignore left padding
-        output = self.policy(self.prompt_ids, attention_mask=self.prompt_mask.long(), position_ids=position_ids,
+        output = self.model(self.prompt_ids, attention_mask=self.prompt_mask.long(), position_ids=position_ids,
                              cache=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = output.cache
         self.cache.reorder_cache(self.prompts)
@@ -557,18 +551,15 @@ class Decoder:
         return output.logits[self.prompts, -1]
 
 
-@contextlib.contextmanager
-def note_waits(on_gpu: bool) -> Iterator[list]:
-    """Collect torch's warnings of a step that waits for the GPU. Such a step cannot be recorded, and must not be tried:
-    after a recording that fails, torch records no other."""
-    if not on_gpu:
-        yield []
-        return
-    with warnings.catch_warnings(record=True) as waits:
+def watch_step(step: Callable) -> tuple[object, bool]:
+    """Run a step of `Decoder`. Returns its output, and whether it can be recorded, which it cannot if it waits for the
+    GPU. Trying is no way to find out: torch does not recover from a recording that fails."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        yield waits
+        output = step()
         torch.cuda.set_sync_debug_mode("default")
+    return output, not any("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache: StaticCache) -> Callable:
@@ -777,11 +768,10 @@ def end_tokens(tokenizer: Tokenizer, policy: nn.Module) -> list[int]:
 def read_problems(path: str, tokenizer: Tokenizer, most_tokens: float) -> list:
     """JSON lines as pairs (prompt ids, problem); `read_prompt` says what a problem must hold."""
     pairs, num_marked = [], 0
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     with as_user_error(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
-        lines = list(file)
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    for number, line in lines:
         with as_user_error(f"{path}, line {number}"):
             problem = json.loads(line)
             if not isinstance(problem, dict):
@@ -791,7 +781,7 @@ def read_problems(path: str, tokenizer: Tokenizer, most_tokens: float) -> list:
             if not 0 < len(ids) <= most_tokens:
                 raise ValueError(f"it has {len(ids)} tokens; 1 to {most_tokens} fit beside --max-new-tokens")
         pairs.append((ids, problem))
-        num_marked += isinstance(prompt, str) and any(token in prompt for token in tokenizer.all_special_tokens)
+        num_marked += isinstance(prompt, str) and any(token in prompt for token in special)
     if not pairs:
         raise UserError(f"{path} is empty: it must hold one JSON object per line")
     if num_marked:
@@ -876,13 +866,15 @@ def check_policy(policy: nn.Module, pairs: list, args: Args) -> None:
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Shard a model's weights over the processes, layer by layer, if there are several (FSDP2)."""
+    """Shard a model over the processes, if there are several (FSDP2): layer by layer, if layers share no weight."""
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if dist.is_initialized():
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for module in [*reversed(layers), model]:  # what is inside comes first
+        uses = Counter(parameter for layer in layers for parameter in layer.parameters())
+        alone = [layer for layer in layers if all(uses[parameter] == 1 for parameter in layer.parameters())]
+        for module in [*alone, model]:
             fully_shard(module)
             module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
             module.set_force_sum_reduction_for_comms(True)
@@ -896,7 +888,7 @@ def start(args: Args) -> torch.device:
     """Choose the device, and join the other processes where torchrun has started several."""
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
-    if "RANK" in os.environ:  # torchrun has started it
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun has started it
         if has_gpu:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -907,6 +899,7 @@ def start(args: Args) -> torch.device:
                         "the number of processes times --num-minibatches")
     # cuDNN's attention with a mask has had NaN gradients and wrong decoding (pytorch issues 196678 and 193893).
     torch.backends.cuda.enable_cudnn_sdp(False)
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     return device
 
@@ -972,17 +965,13 @@ class Metrics:
             total = torch.stack([x.detach().where(mask, 0.0).sum(), mask.sum()])            # (2,), sum and count
             self.totals[name] = self.totals.get(name, 0) + total
 
-    def mean(self, name: str) -> float:
-        """Over the tokens of all processes."""
-        total, count = all_sum(self.totals[name]).tolist()
-        return total / max(count, 1)
-
     def means(self, prefix: str) -> dict[str, float]:
         """All of them, under the names that TensorBoard shows; none if nothing was added."""
         if not self.grad_norms:
             return {}
         grad_norms = torch.stack(self.grad_norms)                                           # (updates,)
-        means = {name: self.mean(name) for name in self.totals}
+        totals = {name: all_sum(total) for name, total in self.totals.items()}              # (2,), of all processes
+        means = {name: total[0] / total[1].clamp(min=1) for name, total in totals.items()}
         means["loss"] = all_sum(sum(self.losses)) / len(grad_norms)
         means["grad_norm"] = grad_norms.mean()
         means["skipped"] = (~grad_norms.isfinite()).sum()
@@ -1081,7 +1070,7 @@ class Run:
         if self.bar.disable:  # in a notebook or a log there is no bar
             say(f"step {self.step}: {shown}")
         if self.step == 0 and metrics["reward/std"] == 0:
-            say(f"step 0: no completion earned more than another of its prompt, so the rewards teach nothing yet; "
+            say(f"step 0: no completion earned more than those it is compared with, so the rewards teach nothing yet; "
                 f"{metrics['completion/truncated']:.0%} were cut off at --max-new-tokens")
         if metrics.get("policy/skipped") or metrics.get("value/skipped"):
             say(f"step {self.step}: the gradient was not finite, so its update was skipped")
@@ -1124,11 +1113,13 @@ class Run:
                 if weights.keys() != model.state_dict().keys():
                     raise ValueError("it belongs to another model")
                 optimizer = optimizer if state else ()
+                if state:  # the flag counts, not the checkpoint
+                    state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]
                 set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
         self.step = saved["step"]
         self.betas.update(saved["betas"])
         changed = [f"{name} (was {saved['args'].get(name)})" for name, value in vars(self.args).items()
-                   if saved["args"].get(name) != value]
+                   if name != "resume" and saved["args"].get(name) != value]
         say(f"resuming from {path}, with other flags: {', '.join(changed) or 'none'}")
 
 
@@ -1142,7 +1133,7 @@ def main(args: Args) -> None:
         stop.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nfinishing this step, then saving; a second signal exits at once", file=sys.stderr)
+        os.write(2, b"\nfinishing this step, then saving; a second signal exits at once\n")  # print may be at work
 
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
@@ -1157,4 +1148,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.partition("\n\n")[0]))
+    main(tyro.cli(Args, description=__doc__.partition("\nPapers")[0]))

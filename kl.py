@@ -6,20 +6,21 @@
     adaptive_beta   Ziegler et al. (arXiv 1909.08593): a beta that steers the KL to a target
     penalty_beta    PPO (arXiv 1707.06347) section 4: a beta that doubles or halves
 
-A good estimator is not a good loss. This is the gradient that each estimator has on average, token by token, for
-completions sampled from the policy, with KL = KL[policy, reference]:
+A good estimator is not a good loss. With KL = KL[policy, reference], w = pi_theta / pi_old, which carries gradient, and
+the loss average "constant", this is the gradient that each has on average, token by token:
 
-    estimator    where     mean gradient
-    k1           reward    of KL; of whole completions without discount (gamma = lambda = 1) and without any scaling
-    k2           reward    0 to first order: it hardly holds the policy
-    k3           reward    of KL - KL[reference, policy], which is 0 to first order as well
-    k1           loss      0: it adds only noise
-    k2           loss      of KL
-    k3           loss      of KL[reference, policy]; near the reference the same to first order
-    w * k1       loss      of KL, also for completions of pi_old; w = pi_theta / pi_old carries gradient
-    w * k3       loss      the same (DeepSeek-V3.2)
+    estimator     where     sampled by    mean gradient
+    k1            reward    policy        of KL; with gamma = lambda = 1 and unscaled advantages, of whole completions
+    k2            reward    policy        0 to first order in log(pi_theta / pi_ref): it hardly holds the policy
+    k3            reward    policy        of KL - KL[reference, policy], which is 0 to first order as well
+    k1            loss      policy        0: it adds only noise
+    k2            loss      policy        of KL
+    k3            loss      policy        of KL[reference, policy], to first order that of KL
+    k1, k2, k3    loss      pi_old        none of these, as soon as an update (mu > 1, minibatches) has moved the policy
+    w k1, w k3    loss      pi_old        of KL, in the states that pi_old visits (DeepSeek-V3.2, arXiv 2512.02556)
 
-In the reward, a token answers for its own KL and that of all tokens after it. In the loss, it answers for its own.
+In the reward (ppo.py), a token answers for its own KL and that of all tokens after it; in the loss (grpo.py), for its
+own alone.
 """
 
 import torch
@@ -60,9 +61,6 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
     Args:
         logits, ref_logits: (..., V), finite, already divided by the sampling temperature.
-
-    >>> exact_kl(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0]))
-    tensor(0.)
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must match")
@@ -84,10 +82,10 @@ def adaptive_beta(beta: float, kl: float, target: float, gain: float = 0.1) -> f
 
 
 def penalty_beta(beta: float, kl: float, target: float) -> float:
-    """PPO section 4, after every policy update: kl < target / 1.5 halves beta, kl > 1.5 target doubles it.
+    """PPO section 4, after every step: kl < target / 1.5 halves beta, kl > 1.5 target doubles it.
 
     Args: kl: KL[pi_old, pi_theta] (Eq. 8; RLHF's has the other direction), in nats per token, like the target.
-    Returns: the beta of the next update.
+    Returns: the beta of the next step.
 
     >>> penalty_beta(1.0, kl=0.1, target=0.01), penalty_beta(1.0, kl=0.01, target=0.01), penalty_beta(1.0, 0.001, 0.01)
     (2.0, 1.0, 0.5)

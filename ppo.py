@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""PPO on a language model: Proximal Policy Optimization for RLHF, complete in this file, advantage.py and kl.py.
+"""PPO on a language model: Proximal Policy Optimization for RLHF. Each step:
+
+    1. Rollout    completions and their rewards         rollout
+    2. Score      pi_old, pi_ref, V; KL to the rewards  rewards_with_kl
+    3. Advantage  what came against what V predicted    gae
+    4. Update     K epochs on both clipped losses       policy_loss, value_loss
+
+    python ppo.py             a tiny model learns to add, without any download
+    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl \\
+        --eval-data test.jsonl --max-new-tokens 512
 
 Papers: PPO (arXiv 1707.06347), GAE (1506.02438), InstructGPT (2203.02155) and Ziegler et al. (1909.08593) for language
 models, DeepSeekMath (2402.03300) Eqs. 1 and 2 for the notation that grpo.py shares.
 
 The policy pi_theta is a causal language model. A state s_t is a prompt and the tokens so far, an action a_t is the next
-token, and an episode is a completion. Each step:
-
-    1. Rollout     Sample completions with the old policy, and reward them         rollout
-    2. Score       Compute pi_old, pi_ref and V; put the KL into the rewards       kl_estimate (kl.py), rewards_with_kl
-    3. Advantage   Compare what each token led to with what V predicted            gae (advantage.py)
-    4. Update      Lower the clipped losses of policy and value model, K epochs    policy_loss, value_loss
-
-grpo.py asks how much better a completion is than its group. Here the value model predicts the reward from every prefix,
-so one completion per prompt is enough and every token gets an advantage of its own. And the KL enters the reward before
-the advantages are computed, where GRPO has it in the loss: earlier tokens, too, pay for the KL that they lead to.
+token, and an episode is a completion. grpo.py asks how much better a completion is than its group. Here the value model
+predicts the reward from every prefix, so one completion per prompt is enough and every token gets an advantage of its
+own. And the KL enters the reward before the advantages are computed, where GRPO has it in the loss: earlier tokens,
+too, pay for the KL that they lead to.
 
     symbol       name in the code    shape        meaning
     G            group_size          scalar       completions per prompt, usually 1
@@ -22,11 +25,11 @@ the advantages are computed, where GRPO has it in the loss: earlier tokens, too,
     q            prompt_ids          (B, P)       B = num_prompts prompts of at most P tokens, left-padded
     a_t, o_t     completion_ids      (N, T)       N = B G completions of at most T tokens, right-padded
     |o|          completion_mask     (N, T)       true on the tokens of o, its EOS token too; sums to |o|
-    r_phi        rewards             (N,)         the reward of a completion
+    r_phi, r_i   rewards             (N,)         the reward of a completion
     r_t          token_rewards       (N, T)       -beta log(pi_old / pi_ref), and r_phi on the last token
-    V(s_t)       values, old_values  (N, T)       the reward that the value model expects at s_t; old as in pi_old
+    V(s_t)       values, old_values  (N, T)       the return expected from s_t on, KL included; old as in pi_old
     A_t          advantages          (N, T)       how much better a_t was than V(s_t) predicted
-    V_t^targ     returns             (N, T)       A_t + V(s_t), before the advantages are whitened
+    V_t^targ, R  returns             (N, T)       A_t + V(s_t), before the advantages are whitened
     pi_theta     logprobs            (N, T)       log pi_theta(a_t | s_t) at the sampling temperature, in nats
     pi_old       old_logprobs        (N, T)       the same before the first update of the step
     pi_ref       ref_logprobs        (N, T)       the same under the reference policy, which is frozen
@@ -34,16 +37,13 @@ the advantages are computed, where GRPO has it in the loss: earlier tokens, too,
     M/(BG|o|)    weights             (N, T)       a token's weight in the losses, by default; M is num_minibatches
     eps, beta    clip_eps, beta      scalar       clip range of the ratio; weight of the KL in the rewards
 
-Differs from the papers, each marked "Differs" where it happens: InstructGPT's Eq. 2 has one KL per completion, which
+Differences from the papers, each marked "Differs" where it happens: InstructGPT's Eq. 2 has one KL a completion, which
 its tokens pay here, and a pretraining term, which is left out; the value model shares no parameter with the policy, so
 Eq. 9 splits into two losses, each with its own AdamW, and needs no c_1; the value loss has the 1/2 and the clipping of
 Ziegler et al.'s code, whose whitening of the advantages is here, too; the value model trains alone in the first steps;
 Eq. 8's KL is k3 of the sampled tokens; in bfloat16 the completions come from rounded weights, uncorrected; constant
 learning rates, gradient clipping, no update where the gradient is 0 or not finite; a completion that was cut off
 counts as ended (advantage.py); DAPO's token mean runs over all groups at once.
-
-    python ppo.py                                      a tiny model learns two-digit addition, without any download
-    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --eval-data test.jsonl --max-new-tokens 512
 
 The algorithm comes first; below SPEED is what saves time or memory, below PLUMBING are files, processes and errors. For
 a task of your own, copy this file with advantage.py and kl.py, and change the block marked CHANGE THIS.
@@ -61,6 +61,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -113,18 +114,18 @@ class Args:
     num_minibatches: int = 2
     """optimizer updates per pass"""
     learning_rate: float | None = None
-    """AdamW's learning rate; default: 1e-6 (DeepSeekMath 4.2), but 5e-4 for a model of less than 10 M parameters"""
+    """AdamW's learning rate; default: 1e-6 (DeepSeekMath 4.2), but 5e-4 for models below 10 M parameters"""
     max_grad_norm: float = 1.0
     """gradient clipping: gradients with a larger norm are scaled down to this norm"""
     # The value model and the advantage
     value_learning_rate: float | None = None
-    """the same for the value model; default: 1e-5, but 1e-3 for a model of less than 10 M parameters"""
+    """the same for the value model; default: 1e-5, but 1e-3 below 10 M parameters"""
     value_warmup_steps: int = 5
-    """first steps that train only the value model: it starts at 0 and predicts nothing until it has seen rewards"""
+    """first steps, which train the value model alone: it must see rewards before it predicts any"""
     value_clip_eps: float = 0.2
     """a value that came closer to its return by more than this gets no more gradient; in units of reward"""
     gamma: float = 1.0
-    """discount per token (GAE Eq. 16); 1: none (InstructGPT)"""
+    """discount per token (GAE Eq. 16); 1: none"""
     gae_lambda: float = 0.95
     """lambda of GAE Eq. 16: 0 trusts the value model, 1 the rewards"""
     whiten_advantages: bool = True
@@ -135,10 +136,10 @@ class Args:
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """estimator of KL[policy, reference]: k1 is InstructGPT Eq. 2; in the reward, k2 and k3 hardly act, see kl.py"""
     adaptive_kl_target: float | None = None
-    """steer beta so that the KL of a completion is this many nats (Ziegler et al.); by default beta is constant"""
+    """steer beta to a KL of this many nats a completion (Ziegler et al.); default: beta is constant"""
     # The policy loss
     clip_eps: float = 0.2
-    """eps: the ratio is clipped to [1 - eps, 1 + eps] (PPO Eq. 7, DeepSeekMath Eq. 3)"""
+    """eps: the ratio is clipped to [1 - eps, 1 + eps] (PPO Eq. 7)"""
     clip_eps_high: float | None = None
     """upper eps, if different from the lower one (DAPO's clip-higher: 0.28)"""
     penalty_kl_target: float | None = None
@@ -146,12 +147,12 @@ class Args:
     entropy_coef: float = 0.0
     """c_2: weight of the entropy bonus (PPO Eq. 9)"""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
-    """sequence: 1/|o_i| sum_t (DeepSeekMath Eq. 3); token: all tokens alike (DAPO Eq. 8); constant: Dr. GRPO"""
+    """sequence: 1/|o_i| sum_t (DeepSeekMath Eqs. 1, 3); token: all tokens alike (DAPO Eq. 8); constant: Dr. GRPO"""
     # The machine
     share_prompt: bool = True
-    """run a prompt once for all its completions in a micro-batch, as in sampling; a few models cannot do that"""
+    """run a prompt once for all its completions in a micro-batch; a few models cannot do that"""
     micro_batch_tokens: int = 8192
-    """maximum tokens, with padding, in a micro-batch of the update: less memory; changes gradients only by rounding"""
+    """maximum tokens in a micro-batch, with padding; fewer need less memory; gradients change only by rounding"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute dtype; weights stay float32; auto: bfloat16 on a GPU if the model has over 10 M parameters"""
     # The run
@@ -177,6 +178,8 @@ INSTRUCTION = "\nThink step by step, then end with the final number after ####."
 def read_prompt(problem: dict) -> str | list[dict[str, str]]:
     """The prompt of a problem, a line of --data: text, or chat messages with "role" and "content". A "prompt" is used
     as it is; INSTRUCTION is appended to a "question". An error ends the run with a sentence that names the line."""
+    if "answer" not in problem or not {"question", "prompt"} & problem.keys():
+        raise ValueError('it must have "answer" and either "question" or "prompt"')
     if not isinstance(problem["answer"], str) or final_number("#" + problem["answer"]) is None:
         raise ValueError('"answer" must be a string that ends in one number, alone or after ####')
     return problem["prompt"] if "prompt" in problem else problem["question"] + INSTRUCTION
@@ -185,7 +188,7 @@ def read_prompt(problem: dict) -> str | list[dict[str, str]]:
 def final_number(text: str) -> float | None:
     """The number after the last "#", or None if there is not exactly one: a list of guesses is not an answer."""
     words = text.rpartition("#")[2].split() if "#" in text else []
-    words = [word.strip("*$().,;:!?%") for word in words if re.search("[0-9]", word)]
+    words = [word.lstrip("*$(").rstrip("*).,;:!?%") for word in words if re.search("[0-9]|^-$", word)]
     if len(words) == 1 and re.fullmatch(r"[-+]?[0-9][0-9,]*(\.[0-9]+)?", words[0]):
         return float(words[0].replace(",", ""))
     return None
@@ -209,13 +212,13 @@ def compute_rewards(completions: list[str], problems: list[dict]) -> list[float]
 
 
 class Batch(NamedTuple):
-    """B prompts and their N = B G completions: G to the first prompt, then G to the second, and so on. Below, B' and N'
-    are those of a process, a minibatch, or a micro-batch, called a part, which is cut to its own P and T."""
+    """B prompts and their N = B G completions: those of the first prompt, then of the second, and so on. Below, B'
+    and N' are those of a process, a minibatch, or a part (a micro-batch), trimmed to its own P and T."""
 
     prompt_ids: Tensor          # (B, P), left-padded
     prompt_mask: Tensor         # (B, P), bool, true on the tokens
     completion_ids: Tensor      # (N, T), right-padded
-    completion_mask: Tensor     # (N, T), bool, true through EOS; a completion cut off at T is trained like any other
+    completion_mask: Tensor     # (N, T), bool, true through EOS, or through T: what is cut off is trained, too
     sampler_logprobs: Tensor    # (N, T), from the sampler, whose weights may be bfloat16; for policy/sampler_gap
     old_logprobs: Tensor | None = None  # (N, T), and so are all below
     advantages: Tensor | None = None
@@ -242,8 +245,8 @@ def sample_tokens(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if temperature == 0:
         tokens = logp.argmax(-1)                                                            # (R,)
     else:
-        # The first token whose cumulative probability reaches a random number above 0 and at most the total, which by
-        # rounding is not exactly 1. In float32 the rare tokens of a large vocabulary would vanish in the sum.
+        # The first token whose cumulative probability reaches a random threshold in (0, total]. In float32 the rare
+        # tokens of a large vocabulary would vanish in the sum; torch.multinomial takes longer.
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)                                    # (R, V)
         threshold = (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:]                         # (R, 1)
         tokens = torch.searchsorted(cdf, threshold)[:, 0].clamp(max=cdf.shape[1] - 1)       # (R,), NaN finds none
@@ -260,7 +263,7 @@ def generate_completions(
     Args: prompt_ids, prompt_mask (B, P), as in `Batch`; eos_ids (E,).
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is the length of the longest completion.
     """
-    ids = prompt_ids.new_zeros(len(prompt_ids) * group_size, max_new_tokens)                # (N, T) before it is cut
+    ids = prompt_ids.new_zeros(len(prompt_ids) * group_size, max_new_tokens)                # (N, max_new_tokens)
     logprobs = torch.zeros_like(ids, dtype=torch.float32)                                   # (N, T)
     running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
     decoder = Decoder(policy, prompt_ids, prompt_mask, group_size, max_new_tokens)
@@ -286,7 +289,7 @@ def rollout(
     """Sample completions for B pairs (prompt ids, problem), and compute their rewards.
 
     Returns: the batch; rewards, (N,); ended, (N,), false where a completion was cut off at max_new_tokens. With B = 2,
-    G = 2, max_new_tokens = 4 and 2 as EOS token (A and weights follow later, here as in grpo.py, with one minibatch):
+    G = 2, max_new_tokens = 4 and EOS token 2 (A, that of grpo.py, and weights, for one minibatch, come in later steps):
 
         prompt_ids    completion_ids     completion_mask    rewards    ended     A         weights
         [0, 5, 6]     [21, 22,  2,  0]   [1, 1, 1, 0]       1.0        true      0.707     [1/12, 1/12, 1/12, 0]
@@ -294,19 +297,19 @@ def rollout(
         [7, 8, 9]     [21,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
                       [22,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
 
-    The second was cut off: it is rewarded and trained like any other. In GRPO the last group teaches only the KL.
+    The second was cut off: it is rewarded and, by default, trained like any other. The last group teaches only the KL.
     """
     # Each process samples for its own share of the prompts; all_gather gives every process the whole batch.
     rank, processes = world()
     torch.manual_seed(args.seed * 1_000_003 + step * processes + rank)
     random.seed(f"{args.seed} {step} {rank}")           # a reward may draw, too
     prompt_ids, prompt_mask = pad_prompts([prompt for prompt, _ in pairs], eos_ids.device)  # (B, P), each
-    ids, mask, logprobs = generate_completions(
+    ids, mask, logprobs = generate_completions(                                             # (N', T), each
         sampler, own_share(prompt_ids), own_share(prompt_mask), args.group_size, args.max_new_tokens, args.temperature,
         eos_ids,
     )
     problems = [problem for _, problem in own_share(pairs) for _ in range(args.group_size)]  # each G times
-    texts = decode(tokenizer, ids, mask, eos_ids)
+    texts = decode(tokenizer, ids, mask, eos_ids)       # for compute_rewards
     rewards = all_gather(checked_rewards(texts, problems, eos_ids.device))                  # (N,), r_i
     batch = Batch(prompt_ids, prompt_mask, all_gather(ids), all_gather(mask), all_gather(logprobs))
     ended = (torch.isin(batch.completion_ids, eos_ids) & batch.completion_mask).any(-1)     # (N,)
@@ -323,9 +326,9 @@ def predict_completions(model: nn.Module, batch: Batch) -> Tensor:
         mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)                     # (N, P + T)
         rows = torch.cat([batch.prompt_ids, batch.completion_ids], 1)[mask].split(mask.sum(1).tolist())
         ids = pad_sequence(rows, batch_first=True)                                          # (N, L)
-        # Position j predicts token j + 1, so the first one is predicted at the last token of the prompt.
+        # Position j predicts token j + 1: the prompt's last one predicts o_0. In the padding, any will do.
         t = torch.arange(batch.completion_ids.shape[1], device=ids.device)                  # (T,)
-        before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)  # (N, T), padding: any
+        before = (batch.prompt_mask.sum(1, keepdim=True) - 1 + t).clamp(max=ids.shape[1] - 1)  # (N, T)
         # Two-dimensional logits_to_keep: the positions of each row that are projected to logits.
         return model(input_ids=ids, use_cache=False, logits_to_keep=before).logits          # (N, T, V)
     return predict_shared(model, batch)  # the same, but a prompt runs once for all its completions: see SPEED
@@ -387,7 +390,7 @@ def rewards_with_kl(rewards: Tensor, kl: Tensor, completion_mask: Tensor, beta: 
     """
     # Differs: InstructGPT Eq. 2 takes one KL off the whole reward, the sum of these, and adds a pretraining term.
     assert (*rewards.shape, completion_mask.shape[-1]) == kl.shape == completion_mask.shape
-    last = completion_mask & (completion_mask.sum(-1, keepdim=True) == completion_mask.cumsum(-1))  # one a completion
+    last = completion_mask & (completion_mask.sum(-1, keepdim=True) == completion_mask.cumsum(-1))  # one per row
     return (rewards[..., None].where(last, 0.0) - beta * kl).where(completion_mask, 0.0).detach()   # (..., T)
 
 
@@ -418,12 +421,12 @@ def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor, weights: Tensor,
     clip_eps: float = 0.2, clip_eps_high: float | None = None, beta_old: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-L^CLIP of PPO Eq. 7: -sum_t weight * min[r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t].
+    """-L^CLIP of PPO Eq. 7: -sum_{i,t} weight * min[r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t].
 
     Args:
         logprobs, old_logprobs: (..., T), in nats; only the first carries a gradient.
         advantages, completion_mask, weights: (..., T); weights as from `loss_weights`.
-        beta_old: if given, PPO Eq. 8 instead: -sum_t weight * (r_t A_t - beta_old KL[pi_old, pi_theta]).
+        beta_old: if given, PPO Eq. 8 instead: -sum_{i,t} weight * (r_t A_t - beta_old KL[pi_old, pi_theta]).
     Returns: the loss, a scalar, and the metrics ratio, clip_frac and approx_kl, each (..., T) without gradient.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape == completion_mask.shape == weights.shape
@@ -432,8 +435,7 @@ def policy_loss(
     advantages = advantages.where(completion_mask, 0.0)                                     # (..., T)
     ratio = log_ratio.exp()                                                                 # (..., T), r_t, PPO Eq. 6
 
-    # PPO Eq. 7, a pessimistic bound: the gradient is 0 only where the ratio has left the clip range in the direction in
-    # which the advantage pushes it.
+    # PPO Eq. 7, a pessimistic bound: no gradient where the ratio has left the clip range the way the advantage pushes.
     unclipped = ratio * advantages                                                          # (..., T)
     eps_high = clip_eps if clip_eps_high is None else clip_eps_high
     clipped = ratio.clamp(1 - clip_eps, 1 + eps_high) * advantages                          # (..., T)
@@ -452,12 +454,12 @@ def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, completion_mask: Tensor, weights: Tensor,
     value_clip_eps: float = 0.2,
 ) -> tuple[Tensor, Tensor]:
-    """sum_t weight * 1/2 max[(V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2].
+    """sum_{i,t} weight * 1/2 max[(V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2].
 
     Args:
         values, old_values, returns, completion_mask, weights: (..., T); only the first carries a gradient.
         value_clip_eps: in units of reward.
-    Returns: the loss, a scalar, and where the clipping decides, (..., T), as 0 and 1.
+    Returns: the loss, a scalar, and (..., T), 1 where the clipping decides, else 0.
     """
     assert values.shape == old_values.shape == returns.shape == completion_mask.shape == weights.shape
     # Differs: PPO Eq. 9 has (V - V^targ)^2. The 1/2 and the clipping are Ziegler et al.'s.
@@ -491,9 +493,9 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     check_policy(policy, pairs, args)                   # it must score as it samples
     args = replace(args, dtype=choose_dtype(policy, args.dtype))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    value_model = shard(ValueModel(policy))                                                 # Differs: no shared weights
     sampler = make_sampler(policy, args.dtype)
     ref_policy = shard(copy.deepcopy(policy).requires_grad_(False)) if args.beta else None  # no KL, no reference
-    value_model = shard(ValueModel(policy))                                                 # Differs: no shared weights
     policy = shard(policy)                              # over the processes; before AdamW
     # Differs: constant learning rates, and `optimizer_step` clips the gradient.
     adamw = partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
@@ -502,12 +504,12 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     value_optimizer = adamw(value_model.parameters(), args.value_learning_rate or (1e-3 if is_small else 1e-5))
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None),              # what a checkpoint holds
               "value_model": (value_model, value_optimizer)}
-    betas = {"ref": args.beta, "old": 1.0}              # of the KL from pi_ref and of that from pi_old (Eq. 8)
+    betas = {"ref": args.beta, "old": 1.0}              # weights of the KLs from pi_ref and pi_old (Eq. 8)
     run = Run(args, tokenizer, eos_ids, held_out, sampler, models, betas, stop)
     if args.value_warmup_steps >= args.num_steps:
         say("the policy will not learn: --value-warmup-steps, for the value model alone, is not below --num-steps")
-    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # each (B',) prompts; never reshuffled
-    score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # (N', T)
+    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # (B',) each: prompts, in every epoch
+    score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # gives (N', T)
     for step in run.bar:                                # from 0, or the checkpoint's step, through num_steps
         if run.evaluate_and_save(step):                 # when it is due; true after the last step or a signal
             break
@@ -519,8 +521,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         batch, rewards, ended = rollout(sampler, chosen, step, args, tokenizer, eos_ids)
 
         # ---- 2. Score: every token under pi_old, pi_ref and V, no gradient; the KL goes into the rewards ----
-        # pi_old is the trainer's own forward pass before the first update, on the micro-batches of the update: the
-        # first ratio is exactly 1.
+        # pi_old is the policy before its first update, on the update's micro-batches: the first ratio is exactly 1.
         with torch.no_grad(), autocast:
             old_logprobs = score_batch(score, policy, batch, minibatches, args)             # (N, T)
             ref_logprobs = score_batch(score, ref_policy, batch, minibatches, args) if ref_policy else old_logprobs
@@ -545,21 +546,21 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         warming_up = step < args.value_warmup_steps
         for _ in range(args.update_epochs):
             for minibatch in minibatches:
-                # The gradients of the parts add up to that of the minibatch; FSDP adds up those of the processes.
+                # A part is a micro-batch. Gradients add up over the parts and, in FSDP, over the processes.
                 if not warming_up:  # Differs: in the first steps only the value model learns
                     for _, part in micro_batches(policy, batch, minibatch, args):
                         with autocast:
                             logprobs, entropy = completion_logprobs(
                                 policy, part, args.temperature, entropy_gradient=args.entropy_coef > 0
                             )
-                        loss, curves = policy_loss(
+                        loss, per_token = policy_loss(
                             logprobs, part.old_logprobs, part.advantages, part.completion_mask, part.weights,
                             args.clip_eps, args.clip_eps_high, betas["old"] if args.penalty_kl_target else None,
                         )
                         if args.entropy_coef:
                             loss = loss - args.entropy_coef * (entropy * part.weights).sum()  # PPO Eq. 9, c_2 S
                         loss.backward()
-                        metrics.add(part.completion_mask, loss, entropy=entropy, **curves)
+                        metrics.add(part.completion_mask, loss, entropy=entropy, **per_token)
                     metrics.grad_norms.append(optimizer_step(policy, optimizer, args.max_grad_norm))
                 for _, part in micro_batches(value_model, batch, minibatch, args):
                     with autocast:
@@ -571,17 +572,6 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
                     value_metrics.add(part.completion_mask, loss, clip_frac=is_clipped)
                 value_metrics.grad_norms.append(optimizer_step(value_model, value_optimizer, args.max_grad_norm))
 
-        # ---- The controllers: the betas of the next step ----
-        used_beta = betas["ref"]
-        if args.penalty_kl_target and not warming_up:
-            # PPO section 4: it follows from the KL between pi_old and the policy after all updates of the step.
-            with torch.no_grad(), autocast:
-                logprobs = score_batch(score, policy, batch, minibatches, args)             # (N, T)
-            moved = kl_estimate(old_logprobs, logprobs, "k3")[mask].mean().item()           # nats per token
-            betas["old"] = penalty_beta(betas["old"], moved, args.penalty_kl_target)
-        if args.adaptive_kl_target and not warming_up:
-            betas["ref"] = adaptive_beta(used_beta, kl.sum(-1).mean().item(), args.adaptive_kl_target)
-
         run.log_step({
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(correction=int(len(rewards) > 1)),                    # 0 for a single one
@@ -589,11 +579,21 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
             "completion/truncated": 1 - ended.float().mean(),
             "policy/kl": kl.sum() / mask.sum(),
             "policy/sampler_gap": (old_logprobs - batch.sampler_logprobs)[mask].abs().mean(),
-            "policy/beta": used_beta,
+            "policy/beta": betas["ref"],
             **metrics.means("policy"),
             **value_metrics.means("value"),
             "value/explained_variance": explained_variance(old_values, returns, mask),
         })
+
+        # ---- The controllers: the betas of the next step ----
+        if args.penalty_kl_target and not warming_up:
+            # PPO section 4: the next beta follows from KL[pi_old, pi_theta] after all updates of the step.
+            with torch.no_grad(), autocast:
+                logprobs = score_batch(score, policy, batch, minibatches, args)             # (N, T)
+            moved = kl_estimate(old_logprobs, logprobs, "k3")[mask].mean().item()           # nats per token
+            betas["old"] = penalty_beta(betas["old"], moved, args.penalty_kl_target)
+        if args.adaptive_kl_target and not warming_up:
+            betas["ref"] = adaptive_beta(betas["ref"], kl.sum(-1).mean().item(), args.adaptive_kl_target)
     return run.folder / "policy"
 
 
@@ -604,20 +604,17 @@ STOP_TEST_EVERY = 4  # tokens between tests for ended rows, because a test waits
 
 
 class Decoder:
-    """Logits of the next token for N = B G rows. Stands for `policy(torch.cat([prompts, ids], 1)).logits[:, -1]` with
+    """Logits of the next token for N = B G rows. Stands for `model(torch.cat([prompts, ids], 1)).logits[:, -1]` with
     each prompt repeated G times: a cache keeps the keys and values of all tokens before, and ended rows leave it."""
 
-    def __init__(
-        self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int, max_new_tokens: int
-    ):
-        self.policy, self.prompt_ids, self.prompt_mask = policy, prompt_ids, prompt_mask    # (B, P)
-        prompts = torch.arange(len(prompt_ids), device=prompt_ids.device)                   # (B,)
-        self.prompts = prompts.repeat_interleave(group_size)                                # (N,), of each row
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int, max_new_tokens: int):
+        self.model, self.prompt_ids, self.prompt_mask = model, prompt_ids, prompt_mask    # (B, P)
+        self.prompts = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(group_size)  # (N,)
         self.rows = torch.arange(len(self.prompts), device=prompt_ids.device)               # (R,), those in the cache
         self.lengths = prompt_mask.sum(1)[self.prompts]                                     # (R,), of the prompts
         self.visible = nn.functional.pad(prompt_mask[self.prompts].long(), (0, max_new_tokens), value=1)  # (R, P + T)
         # Of fixed size, if the model can use such a cache: else every token waits for the device.
-        self.cache = StaticCache(policy.config, self.visible.shape[1]) if policy._can_compile_fullgraph else None
+        self.cache = StaticCache(model.config, self.visible.shape[1]) if model._can_compile_fullgraph else None
         self.can_record, self.recorded_step = False, None       # until the prompts have run
 
     def running_rows(self, running: Tensor, t: int) -> Tensor:
@@ -639,19 +636,17 @@ class Decoder:
         tokens, position_ids = ids[self.rows, -1:], self.lengths[:, None] + t - 1           # (R, 1), each
         if self.can_record and t > 1:  # the step at t = 1, below, has loaded the kernels
             if self.recorded_step is None:
-                self.recorded_step = record_step(self.policy, self.visible, position_ids, self.cache)
+                self.recorded_step = record_step(self.model, self.visible, position_ids, self.cache)
             return self.recorded_step(tokens)
-        visible = self.visible[:, : self.prompt_ids.shape[1] + t]                           # (R, P + t)
-        with note_waits(self.can_record) as waits:
-            output = self.policy(tokens, attention_mask=visible, position_ids=position_ids, cache=self.cache,
-                                 use_cache=True)
-        self.can_record = self.can_record and not waits
+        step = partial(self.model, tokens, attention_mask=self.visible[:, : self.prompt_ids.shape[1] + t],
+                       position_ids=position_ids, cache=self.cache, use_cache=True)
+        output, self.can_record = watch_step(step) if self.can_record else (step(), False)
         return output.logits[:, -1]
 
     def run_prompts(self) -> Tensor:
         """Run every prompt once and repeat its keys and values G times. Returns the first logits, (N, V)."""
         position_ids = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)            # positions must ignore left padding
-        output = self.policy(self.prompt_ids, attention_mask=self.prompt_mask.long(), position_ids=position_ids,
+        output = self.model(self.prompt_ids, attention_mask=self.prompt_mask.long(), position_ids=position_ids,
                              cache=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = output.cache
         self.cache.reorder_cache(self.prompts)
@@ -661,18 +656,15 @@ class Decoder:
         return output.logits[self.prompts, -1]
 
 
-@contextlib.contextmanager
-def note_waits(on_gpu: bool) -> Iterator[list]:
-    """Collect torch's warnings of a step that waits for the GPU. Such a step cannot be recorded, and must not be tried:
-    after a recording that fails, torch records no other."""
-    if not on_gpu:
-        yield []
-        return
-    with warnings.catch_warnings(record=True) as waits:
+def watch_step(step: Callable) -> tuple[object, bool]:
+    """Run a step of `Decoder`. Returns its output, and whether it can be recorded, which it cannot if it waits for the
+    GPU. Trying is no way to find out: torch does not recover from a recording that fails."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        yield waits
+        output = step()
         torch.cuda.set_sync_debug_mode("default")
+    return output, not any("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def record_step(policy: nn.Module, visible: Tensor, position_ids: Tensor, cache: StaticCache) -> Callable:
@@ -884,11 +876,10 @@ def end_tokens(tokenizer: Tokenizer, policy: nn.Module) -> list[int]:
 def read_problems(path: str, tokenizer: Tokenizer, most_tokens: float) -> list:
     """JSON lines as pairs (prompt ids, problem); `read_prompt` says what a problem must hold."""
     pairs, num_marked = [], 0
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     with as_user_error(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
-        lines = list(file)
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    for number, line in lines:
         with as_user_error(f"{path}, line {number}"):
             problem = json.loads(line)
             if not isinstance(problem, dict):
@@ -898,7 +889,7 @@ def read_problems(path: str, tokenizer: Tokenizer, most_tokens: float) -> list:
             if not 0 < len(ids) <= most_tokens:
                 raise ValueError(f"it has {len(ids)} tokens; 1 to {most_tokens} fit beside --max-new-tokens")
         pairs.append((ids, problem))
-        num_marked += isinstance(prompt, str) and any(token in prompt for token in tokenizer.all_special_tokens)
+        num_marked += isinstance(prompt, str) and any(token in prompt for token in special)
     if not pairs:
         raise UserError(f"{path} is empty: it must hold one JSON object per line")
     if num_marked:
@@ -983,13 +974,15 @@ def check_policy(policy: nn.Module, pairs: list, args: Args) -> None:
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Shard a model's weights over the processes, layer by layer, if there are several (FSDP2)."""
+    """Shard a model over the processes, if there are several (FSDP2): layer by layer, if layers share no weight."""
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if dist.is_initialized():
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for module in [*reversed(layers), model]:  # what is inside comes first
+        uses = Counter(parameter for layer in layers for parameter in layer.parameters())
+        alone = [layer for layer in layers if all(uses[parameter] == 1 for parameter in layer.parameters())]
+        for module in [*alone, model]:
             fully_shard(module)
             module.set_gradient_divide_factor(1.0)  # the loss has one denominator for all: gradients add up
             module.set_force_sum_reduction_for_comms(True)
@@ -1003,7 +996,7 @@ def start(args: Args) -> torch.device:
     """Choose the device, and join the other processes where torchrun has started several."""
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
-    if "RANK" in os.environ:  # torchrun has started it
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun has started it
         if has_gpu:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -1014,6 +1007,7 @@ def start(args: Args) -> torch.device:
                         "the number of processes times --num-minibatches")
     # cuDNN's attention with a mask has had NaN gradients and wrong decoding (pytorch issues 196678 and 193893).
     torch.backends.cuda.enable_cudnn_sdp(False)
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     return device
 
@@ -1079,17 +1073,13 @@ class Metrics:
             total = torch.stack([x.detach().where(mask, 0.0).sum(), mask.sum()])            # (2,), sum and count
             self.totals[name] = self.totals.get(name, 0) + total
 
-    def mean(self, name: str) -> float:
-        """Over the tokens of all processes."""
-        total, count = all_sum(self.totals[name]).tolist()
-        return total / max(count, 1)
-
     def means(self, prefix: str) -> dict[str, float]:
         """All of them, under the names that TensorBoard shows; none if nothing was added."""
         if not self.grad_norms:
             return {}
         grad_norms = torch.stack(self.grad_norms)                                           # (updates,)
-        means = {name: self.mean(name) for name in self.totals}
+        totals = {name: all_sum(total) for name, total in self.totals.items()}              # (2,), of all processes
+        means = {name: total[0] / total[1].clamp(min=1) for name, total in totals.items()}
         means["loss"] = all_sum(sum(self.losses)) / len(grad_norms)
         means["grad_norm"] = grad_norms.mean()
         means["skipped"] = (~grad_norms.isfinite()).sum()
@@ -1188,7 +1178,7 @@ class Run:
         if self.bar.disable:  # in a notebook or a log there is no bar
             say(f"step {self.step}: {shown}")
         if self.step == 0 and metrics["reward/std"] == 0:
-            say(f"step 0: no completion earned more than another of its prompt, so the rewards teach nothing yet; "
+            say(f"step 0: no completion earned more than those it is compared with, so the rewards teach nothing yet; "
                 f"{metrics['completion/truncated']:.0%} were cut off at --max-new-tokens")
         if metrics.get("policy/skipped") or metrics.get("value/skipped"):
             say(f"step {self.step}: the gradient was not finite, so its update was skipped")
@@ -1231,11 +1221,13 @@ class Run:
                 if weights.keys() != model.state_dict().keys():
                     raise ValueError("it belongs to another model")
                 optimizer = optimizer if state else ()
+                if state:  # the flag counts, not the checkpoint
+                    state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]
                 set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
         self.step = saved["step"]
         self.betas.update(saved["betas"])
         changed = [f"{name} (was {saved['args'].get(name)})" for name, value in vars(self.args).items()
-                   if saved["args"].get(name) != value]
+                   if name != "resume" and saved["args"].get(name) != value]
         say(f"resuming from {path}, with other flags: {', '.join(changed) or 'none'}")
 
 
@@ -1249,7 +1241,7 @@ def main(args: Args) -> None:
         stop.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nfinishing this step, then saving; a second signal exits at once", file=sys.stderr)
+        os.write(2, b"\nfinishing this step, then saving; a second signal exits at once\n")  # print may be at work
 
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
@@ -1264,4 +1256,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.partition("\n\n")[0]))
+    main(tyro.cli(Args, description=__doc__.partition("\nPapers")[0]))

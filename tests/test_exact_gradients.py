@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advantage import gae, group_advantages
 from grpo import grpo_loss, loss_weights
-from helpers.exact_policies import Policy, tables, transformers
+from helpers.exact_policies import Policy, softmax_policy, tables, transformers
 from helpers.strategies import assert_close, float64, tensors
 from kl import exact_kl, kl_estimate
 from ppo import policy_loss, rewards_with_kl
@@ -83,30 +83,27 @@ def grpo_gradient(
     return policy.gradient(-loss)
 
 
-def ppo_gradient(policy: Policy, rewards_t: Tensor, values: Tensor, gae_lambda: float = 1.0) -> Tensor:
+def ppo_gradient(policy: Policy, token_rewards: Tensor, values: Tensor, gae_lambda: float = 1.0) -> Tensor:
     """What ppo.py climbs on-policy, times max_new_tokens, with the values of the states before the tokens, (M, T)."""
     logprobs, mask = policy.logprobs, policy.mask
-    advantages, _ = gae(rewards_t, values, mask, gamma=1.0, gae_lambda=gae_lambda)
+    advantages, _ = gae(token_rewards, values, mask, gamma=1.0, gae_lambda=gae_lambda)
     loss, _ = policy_loss(logprobs, logprobs.detach(), advantages, mask, token_weights(policy, all_groups(policy, 1)))
     return policy.gradient(-loss)
 
 
-def kl_loss_gradient(policy: Policy, ref: Policy, sampler: Policy, estimator: str, weight: str = "none") -> Tensor:
+def kl_loss_gradient(policy: Policy, ref: Policy, sampler: Policy, estimator: str, weighted: bool) -> Tensor:
     """The gradient of the KL in the loss of grpo.py, alone: A = 0, beta = 1, for completions of the sampler."""
-    old_logprobs, mask = sampler.logprobs.detach(), policy.mask
-    weights = token_weights(sampler, all_groups(sampler, 1))
-    if weight == "sg(w)":
-        weights = weights * (policy.logprobs - old_logprobs).exp().detach()
+    old_logprobs = sampler.logprobs.detach()
     loss, _ = grpo_loss(
-        policy.logprobs, old_logprobs, ref.logprobs.detach(), torch.zeros_like(old_logprobs), mask, weights,
-        beta=1.0, kl_estimator=estimator, kl_importance_weight=weight == "w",
+        policy.logprobs, old_logprobs, ref.logprobs.detach(), torch.zeros_like(old_logprobs), policy.mask,
+        token_weights(sampler, all_groups(sampler, 1)), beta=1.0, kl_estimator=estimator, kl_importance_weight=weighted,
     )
     return policy.gradient(loss)
 
 
-def kl_penalty(estimator: str, policy: Policy, ref: Policy) -> Tensor:
-    """The estimate for every token as the reward takes it, (M, T)."""
-    return kl_estimate(policy.logprobs, ref.logprobs, estimator).detach()
+def rewards_less_kl(rewards: Tensor, policy: Policy, ref: Policy, beta: float, estimator: str = "k1") -> Tensor:
+    """The token rewards of ppo.py, (M, T), for rewards (M,)."""
+    return rewards_with_kl(rewards, kl_estimate(policy.logprobs, ref.logprobs, estimator), policy.mask, beta)
 
 
 # ----- The lists are complete -----
@@ -130,7 +127,6 @@ def test_the_listed_completions_are_all_there_are(policies):
 @given(either, st.data())
 def test_the_mean_baseline_gives_a_part_of_grad_j_and_leave_one_out_all_of_it(policies, data):
     """Over all groups of two, and for one token also of three: (G - 1)/G grad J and grad J, respectively.
-
     It takes Dr. GRPO's average, by a constant: there a token weighs the same however long its completion and the rest
     of its group are, and the sum of A s over a completion is A grad log pi(y)."""
     policy = policies[0]
@@ -155,15 +151,20 @@ def test_the_papers_average_climbs_the_reward_per_token(policies, data):
 # ----- PPO: the value model as baseline -----
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
 @given(either, betas, st.data())
-def test_ppo_climbs_the_reward_less_beta_times_the_kl_whatever_the_values_are(policies, beta, data):
+def test_ppo_climbs_the_reward_less_beta_times_the_kl_whatever_the_values_are(estimator, policies, beta, data):
     """With gamma = lambda = 1 and k1 in the reward: grad (E[R] - beta RKL) of whole completions, for any function of
-    the state as value model."""
+    the state as value model. With k3, RKL - FKL takes the place of RKL, where FKL is that of single tokens."""
     policy, ref, _ = policies
     rewards = data.draw(scores(policy))
     values = data.draw(tensors((len(policy.completions.entries),), -10.0, 10.0, float64))[policy.completions.states]
-    found = ppo_gradient(policy, rewards_with_kl(rewards, kl_penalty("k1", policy, ref), policy.mask, beta), values)
-    assert_close(found, grad_reward(policy, rewards) - beta * grad_whole_kl(policy, ref), scale=20.0)
+    token_rewards = rewards_less_kl(rewards, policy, ref, beta, estimator)
+    grad_kl = grad_whole_kl(policy, ref)
+    if estimator == "k3":
+        grad_kl = grad_kl - grad_token_kl(policy, ref, policy, "FKL")
+    expected = grad_reward(policy, rewards) - beta * grad_kl
+    assert_close(ppo_gradient(policy, token_rewards, values), expected, scale=20 + token_rewards.abs().max())
 
 
 @given(transformers(), lambdas, betas, st.data())
@@ -171,42 +172,70 @@ def test_ppo_is_exact_for_every_lambda_where_the_values_are_true(policies, gae_l
     """The bias of lambda < 1 is that of the value model alone."""
     policy, ref, _ = policies
     rewards = data.draw(scores(policy))
-    rewards_t = rewards_with_kl(rewards, kl_penalty("k1", policy, ref), policy.mask, beta)
-    to_go = rewards_t.flip(1).cumsum(1).flip(1)                                             # (M, T), from each token on
+    token_rewards = rewards_less_kl(rewards, policy, ref, beta)
+    to_go = token_rewards.flip(1).cumsum(1).flip(1)                                         # (M, T), from each token on
     values = (policy.sum_by_state(policy.probabilities()[:, None] * to_go) / policy.visits()).detach()
-    found = ppo_gradient(policy, rewards_t, values[policy.completions.states], gae_lambda)
+    found = ppo_gradient(policy, token_rewards, values[policy.completions.states], gae_lambda)
     assert_close(found, grad_reward(policy, rewards) - beta * grad_whole_kl(policy, ref), scale=20.0)
 
 
-# ----- A good estimator of the KL is not a good loss -----
+# ----- A good estimator of the KL is not a good loss: the table of kl.py -----
 
-# (estimator, its weight, who sampled): the gradient of the KL in the loss.
+# The estimator in the loss, whether it is weighted by w, and who sampled: what it is the gradient of.
 IN_THE_LOSS = {
-    ("k1", "none", "pi"): "0", ("k2", "none", "pi"): "RKL", ("k3", "none", "pi"): "FKL",
-    ("k1", "w", "pi"): "RKL", ("k3", "w", "pi"): "RKL", ("k1", "w", "mu"): "RKL", ("k3", "w", "mu"): "RKL",
-    ("k2", "sg(w)", "mu"): "RKL", ("k3", "sg(w)", "mu"): "FKL",
+    ("k1", False, "policy"): "0", ("k2", False, "policy"): "RKL", ("k3", False, "policy"): "FKL",
+    ("k1", True, "mu"): "RKL", ("k3", True, "mu"): "RKL",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("row", IN_THE_LOSS, ids=" ".join)
+@pytest.mark.parametrize("row", IN_THE_LOSS, ids=str)
 @given(either)
 def test_the_kl_in_the_loss_has_the_gradient_of_the_table(row, policies):
     """Exact for one token, and for several token by token, in the states that the sampler visits."""
-    (policy, ref, mu), (estimator, weight, sampled), known = policies, row, IN_THE_LOSS[row]
-    sampler = {"pi": policy, "mu": mu}[sampled]
-    found = kl_loss_gradient(policy, ref, sampler, estimator, weight)
+    (policy, ref, mu), (estimator, weighted, sampled), known = policies, row, IN_THE_LOSS[row]
+    sampler = {"policy": policy, "mu": mu}[sampled]
+    found = kl_loss_gradient(policy, ref, sampler, estimator, weighted)
     assert_close(found, 0.0 if known == "0" else grad_token_kl(policy, ref, sampler, known), scale=10.0)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
+# Logits over five tokens, and the gradients of their divergences as an independent enumeration found them.
+THETA, REF, MU = torch.tensor(
+    [[0.9, -0.4, 0.3, -1.1, 0.2], [-0.2, 0.7, -0.5, 0.4, 0.1], [0.4, 0.0, 0.6, -0.9, -0.3]], dtype=torch.float64
+)
+GRAD_RKL = torch.tensor([0.26795203, -0.17137138, 0.07994318, -0.10716667, -0.06935717], dtype=torch.float64)
+GRAD_FKL = torch.tensor([0.27197915, -0.22253370, 0.12322135, -0.19198873, 0.01932193], dtype=torch.float64)
+
+
+def test_five_tokens_have_the_known_divergences_and_gradients():
+    """RKL, FKL and E[k2] to 12 digits, the gradients of RKL and FKL to 8."""
+    theta = THETA.clone().requires_grad_()
+    rkl, fkl = exact_kl(theta, REF), exact_kl(REF, theta)
+    k2 = (theta.softmax(-1) * kl_estimate(theta.log_softmax(-1), REF.log_softmax(-1), "k2")).sum()
+    known = [0.442966682225, 0.489489821965, 0.448622032588]
+    assert [rkl.item(), fkl.item(), k2.item()] == pytest.approx(known, rel=0, abs=1e-12)
+    for divergence, known in ((rkl, GRAD_RKL), (fkl, GRAD_FKL)):
+        torch.testing.assert_close(torch.autograd.grad(divergence, theta)[0], known, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_in_the_loss_has_no_such_gradient_for_completions_of_another_policy(estimator):
+    """Without the weight w, from the second update of a step on: neither 0 nor grad RKL nor grad FKL, but a third of
+    their length or more away from both. The same five tokens, sampled by mu."""
+    policy, ref, mu = (softmax_policy(logits) for logits in (THETA, REF, MU))
+    found = kl_loss_gradient(policy, ref, mu, estimator, weighted=False)
+    assert found.norm() > 0.1
+    for known in (GRAD_RKL, GRAD_FKL):
+        assert (found - known).norm() > known.norm() / 3
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
 @given(either)
-def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_k3_hardly_pulls(estimator, policies):
-    """In grpo.py, where it is summed over the completion: RKL of whole completions, and with k3 RKL - FKL, which is
-    nothing to first order near the reference, where they agree."""
+def test_in_the_reward_k2_and_k3_have_no_gradient_to_first_order(estimator, policies):
+    """A millionth of the way to the reference, k1 pulls by a millionth of the way, they by a billionth at most."""
     policy, ref, _ = policies
-    penalty, expected = kl_penalty(estimator, policy, ref).sum(1), grad_whole_kl(policy, ref)  # (M,)
-    if estimator == "k3":
-        expected = expected - grad_token_kl(policy, ref, policy, "FKL")
-    assert_close(grpo_gradient(policy, penalty), expected, scale=20 + penalty.max())
-
-
+    away = ref.table().detach() - policy.table().detach()                                   # (S, V)
+    near = (policy.table().detach() + 1e-6 * away).log_softmax(-1)                          # (S, V)
+    near = ref._replace(logprobs=near[policy.completions.states, policy.completions.ids])
+    nothing = torch.zeros(len(policy.mask), dtype=torch.float64)                            # (M,)
+    token_rewards = rewards_less_kl(nothing, policy, near, 1.0, estimator)                  # (M, T)
+    assert ppo_gradient(policy, token_rewards, 0 * token_rewards).abs().max() <= 1e-9 * away.abs().max() + 1e-20

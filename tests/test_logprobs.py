@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What the models say of a completion's tokens: their log-probabilities, the entropies before them, and the values of
-the states before them. Shared prompts and padding change no number."""
+the states before them. Shared prompts and what stands in the padding change no number."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,25 +12,27 @@ from torch.nn.functional import pad
 
 import grpo
 import ppo
-from helpers.tiny_models import NOT_SHARING, SHARING, batch_of, in_parts, make_model, trained_value_model, with_copies
+from helpers.tiny_models import (
+    NOT_SHARING,
+    SHARING,
+    VOCAB,
+    alone,
+    batch_of,
+    make_model,
+    plain_logprobs,
+    trained_value_model,
+    with_copies,
+)
 
-# OPT-350m has states that are narrower than the model that computes them.
-PROJECTED = {"opt with a projection": dict(word_embed_proj_dim=16)}
 TEMPERATURE = 0.7
 
 
-def plain_logprobs(policy, text: Tensor, start: int) -> Tensor:
-    """Of one text, without padding, through the model's own forward: of the tokens from `start` on, (T,)."""
-    logp = (policy(text[None]).logits[0, start - 1 : -1] / TEMPERATURE).log_softmax(-1)
-    return logp.gather(1, text[start:, None])[:, 0]
+def plain_entropy(policy: torch.nn.Module, text: Tensor, start: int) -> Tensor:
+    logits = policy(text[None]).logits[0, start - 1 : -1] / TEMPERATURE
+    return torch.distributions.Categorical(logits=logits).entropy()
 
 
-def plain_entropy(policy, text: Tensor, start: int) -> Tensor:
-    logp = (policy(text[None]).logits[0, start - 1 : -1] / TEMPERATURE).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
-
-
-def plain_values(value_model, text: Tensor, start: int) -> Tensor:
+def plain_values(value_model: ppo.ValueModel, text: Tensor, start: int) -> Tensor:
     """A token's value is that of the state before it."""
     states = value_model.backbone(text[None], use_cache=False).last_hidden_state[0, start - 1 : -1]
     return states @ value_model.head.weight[0] + value_model.head.bias[0]
@@ -37,7 +40,8 @@ def plain_values(value_model, text: Tensor, start: int) -> Tensor:
 
 # A script, what it gives for the tokens of a batch, (N, T), and the plainest way to it.
 SCORES = {
-    "logprobs": (grpo, lambda policy, batch: grpo.completion_logprobs(policy, batch, TEMPERATURE)[0], plain_logprobs),
+    "logprobs": (grpo, lambda policy, batch: grpo.completion_logprobs(policy, batch, TEMPERATURE)[0],
+                 partial(plain_logprobs, temperature=TEMPERATURE)),
     "entropy": (grpo, lambda policy, batch: grpo.completion_logprobs(policy, batch, TEMPERATURE, True)[1],
                 plain_entropy),
     "values": (ppo, ppo.completion_values, plain_values),
@@ -45,7 +49,7 @@ SCORES = {
 
 
 def model_for(what: str, family: str = "llama", dtype: torch.dtype = torch.float64) -> torch.nn.Module:
-    policy = make_model(family.split()[0], dtype, **PROJECTED.get(family, {}))
+    policy = make_model(family, dtype)
     return trained_value_model(policy) if what == "values" else policy
 
 
@@ -59,59 +63,34 @@ def gradient(model, scalar: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore")  # of families whose fast kernels are not installed
 @pytest.mark.parametrize(
     ("what", "family"),
-    [*itertools.product(["logprobs", "values"], [*SHARING, *NOT_SHARING, *PROJECTED]), ("entropy", "llama")],
+    [*itertools.product(["logprobs", "values"], [*SHARING, *NOT_SHARING]), ("entropy", "llama")],
 )
 def test_numbers_and_gradients_are_those_of_completions_alone(what, family):
     """However many share a prompt: `predict_shared` and the plain `predict_completions`, for all 12 at once, to 1."""
     # These take the softmax of their attention in float32, and most norms compute in float32, whatever the weights are.
-    single = family in ("gemma2", "gpt_neo", *NOT_SHARING)
+    single = family in ("gemma2", "gpt_neo", "llama4_text", *NOT_SHARING)
     tolerance = 1e-4 if single else 1e-10
     gradient_tolerance = 1e-4 if single else 1e-12 if family in ("gpt2", "gpt_neox", "opt") else 1e-6
     script, score, plain_score = SCORES[what]
     model, batch = model_for(what, family, torch.float32 if single else torch.float64), batch_of(script, width=9)
-    alone = torch.zeros(batch.completion_ids.shape, dtype=torch.float64)
-    prompts = with_copies(batch)
-    for i, counted in enumerate(batch.completion_mask):
-        prompt = prompts.prompt_ids[i][prompts.prompt_mask[i]]
-        text = torch.cat([prompt, batch.completion_ids[i][counted]])
-        alone[i, : counted.sum()] = plain_score(model, text, len(prompt))
-    weights = torch.linspace(-1, 1, alone.numel(), dtype=torch.float64).view_as(alone)
-    expected = gradient(model, (alone * weights).sum())
-    shared = [(size, True) for size in (12, 4, 2, 1) if family not in NOT_SHARING]
-    for size, share_prompt in (*shared, (12, False), (5, False)):
-        found = in_parts(script, lambda part: score(model, part), batch, size, share_prompt)
-        torch.testing.assert_close(found.double(), alone, atol=tolerance, rtol=0)
-        assert (gradient(model, (found * weights).sum()) - expected).norm() < gradient_tolerance * expected.norm()
-
-
-@pytest.mark.parametrize("what", SCORES)
-def test_numbers_depend_neither_on_the_padding_nor_on_the_default_device(what):
-    """Other ids and more columns there; and a device where nothing can be computed. The padding has exactly 0."""
-    script, score, _ = SCORES[what]
-    model, batch = model_for(what), batch_of(script)
-    for rows in (batch, with_copies(batch)):
-        expected = score(model, rows)
-        wider = rows._replace(
-            prompt_ids=rows.prompt_ids.where(rows.prompt_mask, 7),
-            completion_ids=pad(rows.completion_ids.where(rows.completion_mask, 9), (0, 3), value=9),
-            completion_mask=pad(rows.completion_mask, (0, 3)),
-        )
-        found = score(model, wider)
-        assert torch.equal(found[:, :-3], expected)
-        assert (found[~wider.completion_mask] == 0).all()
-        with torch.device("meta"):
-            assert torch.equal(score(model, rows), expected)
+    expected = alone(partial(plain_score, model), batch).double()
+    weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+    expected_gradient = gradient(model, (expected * weights).sum())
+    shared = [(size, share) for size, share in ((12, 4), (4, 4), (12, 2), (2, 2)) if family not in NOT_SHARING]
+    for size, share in (*shared, (12, 1), (5, 1), (1, 1)):
+        parts = [script.take_completions(batch, index, share) for index in torch.arange(12).split(size)]
+        found = torch.cat([pad(x, (0, 9 - x.shape[1])) for x in (score(model, part) for part in parts)])
+        torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+        gap = gradient(model, (found * weights).sum()) - expected_gradient
+        assert gap.norm() < gradient_tolerance * expected_gradient.norm()
 
 
 def test_the_entropy_has_a_gradient_only_if_asked():
     """Without one, its graph holds no memory while the loss is taken backward."""
     model, batch = make_model("llama"), batch_of(grpo)
-    logprobs, entropy = grpo.completion_logprobs(model, batch, temperature=0.7)
-    assert logprobs.requires_grad
-    assert not entropy.requires_grad
-    _, again = grpo.completion_logprobs(model, batch, temperature=0.7, entropy_gradient=True)
-    assert torch.equal(again, entropy)
-    assert again.requires_grad
+    for asked in (False, True):
+        logprobs, entropy = grpo.completion_logprobs(model, batch, 0.7, entropy_gradient=asked)
+        assert (logprobs.requires_grad, entropy.requires_grad) == (True, asked)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (5, 300, 1000), (1, 2, 2**20 + 1)])
@@ -138,44 +117,58 @@ def test_a_token_that_the_model_masks_out_has_no_part_in_the_entropy(masked):
     assert gradient(model, logprobs.sum() + entropy.sum()).isfinite().all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_over_a_bfloat16_model_the_log_softmax_is_in_float32(temperature):
+    model, batch = make_model("llama", torch.bfloat16), batch_of(grpo)
+    logits = grpo.predict_completions(model, batch).double()                                # (N, T, V)
+    expected = (logits / temperature).log_softmax(-1).gather(2, batch.completion_ids[..., None])[..., 0]
+    found = grpo.completion_logprobs(model, batch, temperature)[0].double()
+    torch.testing.assert_close(found, expected.where(batch.completion_mask, 0.0), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_values_near_50_are_not_rounded_where_the_model_computes_in_bfloat16():
+    """There, numbers of bfloat16 are 0.25 apart. The states are rounded, but not what the head makes of them."""
+    model, batch, states = trained_value_model(make_model("llama", torch.float32)), batch_of(ppo), []
+    model.head.bias.fill_(50.0)
+    model.head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ppo.completion_values(model, with_copies(batch))
+    expected = states[0].double() @ model.head.weight[0].double() + 50
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected.where(batch.completion_mask, 0.0), atol=1e-4, rtol=0)
 
 
 def test_prompts_run_once_and_only_completions_have_logits():
     """A completion with a prompt of its own is one row without mask and positions, for kernels that take none."""
     model, batch, passes = make_model("llama"), batch_of(grpo), []
-    note = lambda _, __, inputs, output: passes.append((inputs, output))
-    model.register_forward_hook(note, with_kwargs=True)
+    model.register_forward_hook(lambda *x: passes.append((x[2], tuple(x[3].logits.shape))), with_kwargs=True)
     grpo.completion_logprobs(model, with_copies(batch), 1.0)
-    ((inputs, output),) = passes
+    ((inputs, shape),) = passes
     assert inputs.keys() == {"input_ids", "use_cache", "logits_to_keep"}
-    prompt_lengths = batch.prompt_mask.sum(1).repeat_interleave(4)
-    assert inputs["input_ids"].shape == (12, (prompt_lengths + batch.completion_mask.sum(1)).max())
-    assert output.cache is None
-    assert output.logits.shape == (12, 7, model.config.vocab_size)
+    assert shape == (12, 7, VOCAB)
     passes.clear()
     grpo.completion_logprobs(model, batch, 1.0)
-    assert [inputs["input_ids"].shape for inputs, _ in passes] == [(3, 5), (12, 7)]
-    assert [output.logits.shape[:2] for _, output in passes] == [(3, 4), (12, 6)]
+    assert [(tuple(inputs["input_ids"].shape), shape) for inputs, shape in passes] == [
+        ((3, 5), (3, 4, VOCAB)), ((12, 7), (12, 6, VOCAB))
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "llama4_text"])
 def test_the_value_model_starts_as_a_copy_of_the_policy_at_exactly_zero_and_shares_nothing_with_it(family):
     """Ziegler et al.: the head is initialised to zero. Only its gradient is not zero, and so it learns. Training one
     model does not change the other, be the output head tied to the embeddings (gpt2) or not (llama)."""
     policy = make_model(family, torch.float32)
-    with torch.device("meta"):
-        value_model = ppo.ValueModel(policy)  # on the device of the policy
-    copied, original = value_model.backbone.state_dict(), policy.base_model.state_dict()
-    assert copied.keys() == original.keys()
-    assert all(torch.equal(copied[name], value) for name, value in original.items())
+    value_model, batch = ppo.ValueModel(policy), batch_of(ppo)
+    original = {name.partition(".")[2]: value for name, value in policy.state_dict().items()}
+    for name, value in value_model.backbone.state_dict().items():
+        assert torch.equal(value, original[name])
     memory = [{x.untyped_storage().data_ptr() for x in (*m.parameters(), *m.buffers())} for m in (policy, value_model)]
     assert memory[0].isdisjoint(memory[1])
-    assert value_model.config is policy.config
-    for batch in (batch_of(ppo), with_copies(batch_of(ppo))):
-        value_model.zero_grad()
-        values = ppo.completion_values(value_model, batch)
-        assert torch.equal(values, torch.zeros(batch.completion_ids.shape))
-        values.sum().backward()
-        assert value_model.head.weight.grad.ne(0).any()
-        assert value_model.head.bias.grad == batch.completion_mask.sum()
-        assert all(parameter.grad is not None for parameter in value_model.parameters())
+    values = ppo.completion_values(value_model, batch)
+    assert torch.equal(values, torch.zeros(batch.completion_ids.shape))
+    values.sum().backward()
+    assert value_model.head.weight.grad.ne(0).any()
+    assert value_model.head.bias.grad == batch.completion_mask.sum()
+    assert all(parameter.grad is not None for parameter in value_model.parameters())

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from advantage import gae, group_advantages
 from grpo import grpo_loss, loss_weights
-from helpers.strategies import baselines, scales
 from kl import kl_estimate
 from ppo import policy_loss, rewards_with_kl, value_loss
 
@@ -124,6 +123,7 @@ def test_rewards_with_kl_sum_to_the_reward_less_beta_times_the_kl(reward, kl, pa
 
 # ----- Advantages -----
 
+scales, baselines = st.sampled_from(["group", "none"]), st.sampled_from(["mean", "leave_one_out"])
 tokens = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6)  # the reward r_t and the value V(s_t) of each
 
 

@@ -29,7 +29,7 @@ def spin() -> None:
 
 def seconds(script: str, steps: int) -> float:
     """Of one whole run, with its imports."""
-    flags = ["--num-steps", str(steps), "--device", "cpu", "--eval-every", "0", "--save-every", "0"]
+    flags = ["--num-steps", str(steps), "--eval-every", "0", "--save-every", "0"]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, check=True, capture_output=True)

@@ -126,24 +126,30 @@ def train_ours(job: dict, case: Case) -> dict:
 
     import grpo
 
-    load, rewards = grpo.load_problems, itertools.count()
+    load, rollout, rewards, sample = grpo.load_problems, grpo.rollout, itertools.count(), []
+
+    def timed_rollout(*given):
+        started = time.perf_counter()
+        result = rollout(*given)
+        sample.append(time.perf_counter() - started)
+        return result
 
     def load_problems(*which):
         tokenizer, ends, *problems = load(*which)
         return tokenizer, ends if case.natural else torch.full_like(ends[:1], -1), *problems
 
-    grpo.load_problems = load_problems
+    grpo.load_problems, grpo.rollout = load_problems, timed_rollout
     grpo.reward = lambda completion, problem: float(next(rewards))
     grpo.Run.save = lambda *_: None
     before = peak_memory(job["device"])
     options = {name: getattr(case, name) for name in ("num_prompts", "group_size", "max_new_tokens", "beta", "dtype")}
-    options |= {name: job[name] for name in ("model", "device", "micro_batch_tokens")}
+    options |= {name: job[name] for name in ("model", "micro_batch_tokens")}
     options |= dict(data=job["prompts"], eval_data=job["prompts"], run_name="bench", eval_every=0, save_every=0)
     grpo.train(grpo.Args(num_steps=job["steps"] + 1, learning_rate=LEARNING_RATE, seed=SEED, **options))
     memory = peak_memory(job["device"]) - before
     events = EventAccumulator("runs/bench").Reload()
-    tags = "time/sample", "time/update", "completion/length"
-    sample, update, length = ([event.value for event in events.Scalars(tag)] for tag in tags)
+    step, length = ([event.value for event in events.Scalars(tag)] for tag in ("time/step", "completion/length"))
+    update = [whole - part for whole, part in zip(step, sample, strict=True)]
     tokens = [mean * case.num_prompts * case.group_size for mean in length]
     return {"sample": sample, "update": update, "tokens": tokens, "memory": memory}
 
@@ -225,6 +231,7 @@ def in_a_process(task: str, job: dict, case: str, script: str = __file__) -> dic
     command = [sys.executable, os.path.abspath(script), "--in-a-process", task, json.dumps(job), case]
     with tempfile.TemporaryDirectory() as cwd:
         env = os.environ | threads | {"PYTHONPATH": path, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        env |= {"CUDA_VISIBLE_DEVICES": ""} if job["device"] == "cpu" else {}
         done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{task} of {case} failed:\n{done.stdout}{done.stderr}")

@@ -42,19 +42,17 @@ COMPLETIONS = 256  # a step, in every experiment with the tiny model
 VARIANTS = {  # name: command
     "GRPO": "grpo.py",
     "Dr. GRPO": "grpo.py --advantage-scale none --loss-average constant --beta 0",
-    "DAPO": "grpo.py --loss-average token --clip-eps-high 0.28 --beta 0 --mask-truncated",
+    "DAPO": "grpo.py --loss-average token --clip-eps-high 0.28 --beta 0 --mask-truncated --num-minibatches 4",
     "GSPO": "grpo.py --ratio-level sequence --clip-eps 3e-4 --clip-eps-high 4e-4 --update-epochs 2 --num-minibatches 2",
-    "RLOO": "grpo.py --advantage-baseline leave_one_out --advantage-scale none --loss-average constant "
-    "--kl-placement reward --kl-estimator k1",
+    "RLOO": "grpo.py --advantage-baseline leave_one_out --advantage-scale none --loss-average constant",
     "importance-weighted KL": "grpo.py --kl-importance-weight --update-epochs 2",
     "PPO": "ppo.py",
 }
-KL = "grpo.py --update-epochs 2 --beta 1"  # more than the default of 0.04, so that the placements can be told apart
+KL = "grpo.py --update-epochs 2 --beta 1"  # more than the default of 0.04, so that the estimators can be told apart
 KLS = {
     "no KL": "grpo.py --update-epochs 2 --beta 0",
     **{f"{k} in the loss": f"{KL} --kl-estimator {k}" for k in ("k1", "k2", "k3")},
     "weighted k3 in the loss": f"{KL} --kl-importance-weight",
-    **{f"{k} in the reward": f"{KL} --kl-estimator {k} --kl-placement reward" for k in ("k1", "k2", "k3")},
 }
 SIZES = {f"G = {g}": f"grpo.py --group-size {g} --num-prompts {COMPLETIONS // g}" for g in (2, 4, 8, 16, 32)}
 SUMS = "--model ../../smollm2 --data sums_train.jsonl --eval-data sums_test.jsonl --max-new-tokens 8"
@@ -100,27 +98,25 @@ def header(group: str, args: argparse.Namespace) -> list[str]:
     scripts = [ROOT / name for name in ("grpo.py", "ppo.py", "advantage.py", "kl.py")]
     git = lambda *words: subprocess.check_output(["git", *words, "--", *scripts], cwd=ROOT, text=True).strip()
     cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    gpu = ""
-    if args.device == "cuda":
-        import torch
+    import torch
 
-        gpu = f", one {torch.cuda.get_device_name()}"
-    options = f"--device {args.device} --steps {args.steps} --jobs {args.jobs} --threads {args.threads} --seeds SEEDS"
+    gpu = f", one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    options = f"--steps {args.steps} --jobs {args.jobs} --threads {args.threads} --seeds SEEDS"
     return [
         f"# command: python tests/bench/evidence.py runs --only {group} {options}",
-        f"# one run: python COMMAND --seed SEED --num-steps {args.steps} --device {args.device}",
+        f"# one run: python COMMAND --seed SEED --num-steps {args.steps}",
         f"# commit: {git('log', '-1', '--format=%h')}{' with changes' if git('status', '--porcelain') else ''}",
         f"# machine: {os.cpu_count()} cores of {cpu}, torch {version('torch')}" + gpu,
     ]
 
 
-def one_run(group: str, name: str, seed: int, steps: int, device: str) -> list[dict[str, str]]:
+def one_run(group: str, name: str, seed: int, steps: int) -> list[dict[str, str]]:
     """Train in a process of its own. Returns the rows of the run, to four digits: more than the seeds agree in."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     command, folder = EXPERIMENTS[group][name], WORK / "runs" / re.sub(r"\W+", "-", f"{group}-{name}-{seed}")
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped
-    script, *words = f"{command} --seed {seed} --num-steps {steps} --device {device} --run-name {folder.name}".split()
+    script, *words = f"{command} --seed {seed} --num-steps {steps} --run-name {folder.name}".split()
     words += ["--eval-every", str(steps // 10 if group == "learning" else steps), "--save-every", "0"]
     process = subprocess.run([sys.executable, ROOT / script, *words], cwd=WORK, capture_output=True, text=True)
     if process.returncode or f"trained model after {steps} steps" not in process.stderr:
@@ -130,9 +126,9 @@ def one_run(group: str, name: str, seed: int, steps: int, device: str) -> list[d
     found = {column: curve(tag) for column, (tag, *_) in COLUMNS.items() if tag}
     if re.search("--beta 0( |$)", command):
         found["kl"] = {}  # without a reference it is not measured
-    sample, update = curve("time/sample"), curve("time/update")
-    done = [step + 1 for step in sample]
-    found["seconds"] = dict(zip(done, np.cumsum([*sample.values()]) + np.cumsum([*update.values()]), strict=True))
+    seconds = curve("time/step")
+    done = [step + 1 for step in seconds]
+    found["seconds"] = dict(zip(done, np.cumsum([*seconds.values()]), strict=True))
     completions = 16 * 8 if group == "pretrained" else COMPLETIONS
     found["completion_tokens"] = dict(zip(done, completions * np.cumsum([*found["length"].values()]), strict=True))
     for column in ("reward", "length", "kl"):  # of the completions of a step, which the last evaluation comes after
@@ -153,12 +149,13 @@ def exact_kl(folder: Path) -> float:
     import kl
 
     args, cpu = grpo.check_args(grpo.Args()), torch.device("cpu")
-    _, eos_ids, _, held_out = grpo.load_problems(args, cpu)
-    with LOADING:
+    with LOADING:  # and one draws random numbers at a time
         policy, ref_policy = (grpo.load_policy(str(x), cpu) for x in (folder, grpo.TINY))
-    prompts = grpo.pad_prompts([ids for ids, _ in held_out], cpu)
-    uniforms = torch.rand(len(prompts[0]), args.max_new_tokens, dtype=torch.float64, generator=grpo.reseed(0, 0))
-    batch = grpo.Batch(*prompts, *grpo.generate_completions(policy, *prompts, uniforms, args.temperature, eos_ids))
+        _, eos_ids, _, held_out = grpo.load_problems(args, policy)
+        prompts = grpo.pad_prompts([ids for ids, _ in held_out], cpu)
+        torch.manual_seed(0)
+        completions = grpo.generate_completions(policy, *prompts, 1, args.max_new_tokens, args.temperature, eos_ids)
+    batch = grpo.Batch(*prompts, *completions)
     with torch.no_grad():
         logits = [grpo.predict_completions(x, batch)[batch.completion_mask] for x in (policy, ref_policy)]
         return kl.exact_kl(*logits).mean().item()
@@ -185,7 +182,7 @@ def runs(args: argparse.Namespace) -> None:
     sums(args)
 
     def keep(job: tuple[str, str, int]) -> None:
-        group, rows = job[0], one_run(*job, args.steps, args.device)
+        group, rows = job[0], one_run(*job, args.steps)
         with lock:
             files[group] += rows
             write(csv_of(group, args), heads[group], files[group])
@@ -266,7 +263,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=100, help="of every run; fewer for a trial")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; jobs x threads above the cores cost seconds")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every run")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--csv", type=lambda x: Path(x).resolve(), default=ROOT / ".github/evidence", help="the folder")
     args = parser.parse_args()
     {"runs": runs, "tables": tables, "pictures": pictures, "sums": sums}[args.what](args)

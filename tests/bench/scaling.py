@@ -4,7 +4,7 @@
     python tests/bench/scaling.py scaling    seconds and peak memory against group size, length and width, each with the
                                              exponent of the power that fits, and how near they come to the floor
     python tests/bench/scaling.py memory     peak memory of the update at a vocabulary of 150,000: it grows with the
-                                             micro-batch, up to grpo.MAX_LOGITS, and not with N x T x V
+                                             micro-batch, up to 2^26 logits, and not with N x T x V
 
 The floor is the time of 2 (sampling) and 6 (update) operations per parameter and token, at the rate of a product of two
 2048 x 2048 matrices in the same process. A prompt, shared by its group, counts once, and without the output head.

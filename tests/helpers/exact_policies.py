@@ -50,7 +50,7 @@ class Policy(NamedTuple):
     mask: Tensor  # (M, T)
 
     def __repr__(self) -> str:
-        """Short: Hypothesis prints it, over and over, while it looks for the simplest failure."""
+        """Short: Hypothesis prints it over and over."""
         return f"Policy({[round(x, 3) for x in self.logprobs.flatten().tolist()]})"
 
     def probabilities(self) -> Tensor:

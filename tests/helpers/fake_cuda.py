@@ -1,36 +1,29 @@
 # SPDX-License-Identifier: MIT
 """A device for tests, "second": its tensors lie in the memory of the CPU and are computed there, and it refuses what
-CUDA refuses. `use` registers it with torch, as the accelerator of the process: one per process.
+CUDA refuses. `use` registers it with torch: one per process. Where there is a GPU, it is CUDA itself.
 
 As on CUDA, an operation takes all its tensors from one device, but a 0-dim tensor of the CPU counts as a number in
 pointwise operations, indices of the CPU may index a tensor of the device, and copies go between devices. What the host
-reads makes it wait for the device, and so does a copy from or to it that is not non_blocking, as in
-torch.cuda.set_sync_debug_mode. `waits` counts this by the line that asked.
-
-Where there is a GPU, the tests run on CUDA instead, and `waits` counts what torch warns of. There, on an H100, CUDA
-refused and allowed the same, and waited as often in sampling.
+reads makes it wait for the device, and so does a copy from or to it that is not non_blocking. `waits` counts this by
+the function of a script that asked. On an H100, CUDA refused and allowed the same.
 
 `fallback` gets every operation that torch does not compose of others, below autograd and autocast. The storage of a
 tensor is one of the device, over host memory, so views, autograd and the sharing of weights are torch's own.
 """
 
-import sys
-import warnings
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-NAME, SCRIPTS = "cuda" if torch.cuda.is_available() else "second", ("grpo.py", "ppo.py")
-BETWEEN = str(Path(torch.__file__).parent), warnings.__file__, __file__  # what lies between a wait and who asked
+NAME = "cuda" if torch.cuda.is_available() else "second"
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-# The host must know a value, or how large the result is.
-READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal")  # the host must know a value, or a size
 INDEXING = ("index", "_index_put_impl_")
 SET = torch.ops.aten.set_.source_Storage_storage_offset
 LIBRARY = torch.library.Library("_", "IMPL")  # what it registers stays as long as it is alive
@@ -43,10 +36,6 @@ class Module(_DummyBackendModule):
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
-
-
-def on_device(x: Tensor) -> bool:
-    return not x.is_cpu
 
 
 def storage_over(host: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -68,14 +57,8 @@ def tensor_of_host(x: Tensor) -> Tensor:
 
 
 def wait(operation: str) -> None:
-    """Count one under the line of a library, where one asked, and the line of the script that called it."""
-    frame, lines = sys._getframe(1), []
-    while frame and not (lines and lines[-1].startswith(SCRIPTS)):
-        code = frame.f_code
-        if not code.co_filename.startswith(BETWEEN):
-            lines.append(f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}")
-        frame = frame.f_back
-    waits[" < ".join([operation, *lines[:1], *lines[1:][-1:]] if lines else [operation, "autograd"])] += 1
+    asked = [x.name for x in traceback.extract_stack() if x.filename.endswith(("/grpo.py", "/ppo.py"))]
+    waits[f"{operation} in {asked[-1] if asked else 'autograd'}"] += 1
 
 
 def each(change: Callable, x: object) -> object:
@@ -83,12 +66,6 @@ def each(change: Callable, x: object) -> object:
     if isinstance(x, Tensor):
         return change(x)
     return type(x)([each(change, y) for y in x]) if isinstance(x, list | tuple) else x
-
-
-def tensors(x: object) -> list[Tensor]:
-    found = []
-    each(found.append, x)
-    return found
 
 
 @cache
@@ -103,9 +80,9 @@ def about(op: OpOverload) -> tuple[str, dict[str, str], set[str]]:
 
 def copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """Between the devices, or within this one."""
-    if not non_blocking and on_device(source) != on_device(target) and source.numel():
-        wait("copy to the device" if on_device(target) else "copy to the CPU")
-    source, written = (tensor_of_host(x) if on_device(x) else x for x in (source, target))
+    if not non_blocking and source.is_cpu != target.is_cpu and source.numel():
+        wait("copy to the device" if source.is_cpu else "copy to the CPU")
+    source, written = (x if x.is_cpu else tensor_of_host(x) for x in (source, target))
     written.copy_(source)
     return target
 
@@ -118,20 +95,17 @@ def fallback(op: OpOverload, *args: object, **kwargs: object) -> object:
     if name == "_copy_from":
         return copy(*args)
     given, originals = dict(zip(types, args, strict=False)) | kwargs, {}
-    devices = lambda: {key: [str(x.device) for x in tensors(value)] for key, value in given.items() if tensors(value)}
-    reads = name in READS or (op is torch.ops.aten.repeat_interleave.Tensor and given.get("output_size") is None)
-    if name == "_index_put_impl_":  # moves indices, and looks for the places of a mask where it has many values
-        indices = tensors(given["indices"])
-        masked = given["values"].numel() > 1 and any(x.dtype == torch.bool for x in indices)
-        reads = masked or not all(map(on_device, indices))
+    reads = name in READS
+    if name == "_index_put_impl_":  # moves indices, and looks for the places of a mask
+        reads = any(x.is_cpu or x.dtype == torch.bool for x in given["indices"] if x is not None)
     if reads:
         wait(name)
 
     def host_tensor(argument: str, x: Tensor) -> Tensor:
-        if not on_device(x):
+        if x.is_cpu:
             if (x.dim() == 0 and argument in numbers) or (name in INDEXING and argument == "indices"):
                 return x
-            raise RuntimeError(f"{op}: expected all tensors to be on the same device, but found {devices()}")
+            raise RuntimeError(f"{op}: expected all tensors to be on the same device, but {argument} is on the CPU")
         host = tensor_of_host(x)
         originals[id(host)] = host, x
         return host
@@ -150,12 +124,9 @@ def fallback(op: OpOverload, *args: object, **kwargs: object) -> object:
 
 
 def use() -> None:
-    """Make the device known to torch, for the rest of the process. On CUDA: count what torch warns of."""
+    """Make the device known to torch, for the rest of the process."""
     if NAME == "cuda":
-        warnings.simplefilter("ignore")  # a first one says that not every wait is warned of
-        torch.cuda.set_sync_debug_mode("warn")
-        warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_: wait("CUDA") if "synchronizing CUDA" in str(message) else None
+        torch.rand_like = lambda x: torch.rand(x.shape, dtype=x.dtype).to(NAME)  # the numbers of a run on the CPU
         return
     _setup_privateuseone_for_python_backend(NAME, Module())
     clone = torch.UntypedStorage.clone  # copy.deepcopy needs it

@@ -76,7 +76,11 @@ def command(script: str, before: str = "", processes: int = 0, **args: object) -
     driver = Path(f"driver_{script}_{len(list(Path().glob('driver_*')))}.py")
     driver.write_text(DRIVER.format(root=str(ROOT), script=script, before=before))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL | args).items()]
+    flags = []
+    for name, value in (SMALL | args).items():
+        flag = name.replace("_", "-")
+        switch = f"--{flag}" if value else f"--no-{flag}"
+        flags.append(switch if isinstance(value, bool) else f"--{flag}={value}")
     return [sys.executable, *launch, str(driver), *flags]
 
 
@@ -84,10 +88,7 @@ class Process(subprocess.Popen):
     """One that does not outlive its `with`, whatever a test that failed left it doing."""
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.terminate()  # torchrun ends its processes
-            self.wait(timeout=20)
-        self.kill()
+        self.terminate()  # torchrun ends its processes
         super().__exit__(*error)
 
 
@@ -109,7 +110,6 @@ class Forked(multiprocessing.context.ForkServerProcess, contextlib.AbstractConte
         self.start()
 
     def run(self) -> None:
-        multiprocessing.set_start_method("fork", force=True)  # as in any other process
         torch.set_num_threads(1)
         os.chdir(self.folder)
         os.environ.update(self.environment)
@@ -124,22 +124,18 @@ class Forked(multiprocessing.context.ForkServerProcess, contextlib.AbstractConte
             assert time.monotonic() < end, self.output.read_text()
             time.sleep(0.0005)
 
-    def wait_until_it_says(self, text: str) -> None:
-        self.wait_until(lambda: text in self.output.read_text())
-
     def communicate(self, timeout: float) -> tuple[str, None]:
         self.join(timeout)
+        self.returncode = self.exitcode
         return self.output.read_text(), None
 
     def __exit__(self, *error: object) -> None:
         self.kill()
         self.join()
 
-    returncode = property(lambda self: self.exitcode)
 
-
-PRELOADED = "pytest", "torch.distributed.fsdp", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"
-multiprocessing.set_forkserver_preload([*PRELOADED])
+preloaded = ["torch.distributed.fsdp", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"]
+multiprocessing.set_forkserver_preload(["pytest", *preloaded])
 
 
 def finish(process: Process | Forked, code: int = 0) -> str:
@@ -155,8 +151,9 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def saved(run_name: str) -> dict:
-    """All that a checkpoint holds; its policy must be the one that was exported."""
+    """What a checkpoint holds, but for the flags; its policy must be the one that was exported."""
     checkpoint = torch.load(f"runs/{run_name}/checkpoint.pt", weights_only=True)
+    del checkpoint["args"]
     policy = weights(f"runs/{run_name}/policy")
     assert all(torch.equal(policy[name], value) for name, value in checkpoint["policy"][0].items())
     return checkpoint

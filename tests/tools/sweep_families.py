@@ -5,26 +5,23 @@ it right, or say in one sentence that they cannot?
     python tests/tools/sweep_families.py [--modes MODE ...] [--only FAMILY ...] [--processes 2]
 
     score     does grpo.py sample and score right? The truth is each completion alone in a plain forward pass (default)
-    grpo      two steps of grpo.py in float32; then its export is loaded again and compared with the trained model
+    grpo      two steps of grpo.py in float32, with and without --no-share-prompt: same curves? Is its export, loaded
+              again, the trained model?
     ppo       the same with ppo.py, whose value model is trained from the first step
     bfloat16  both scripts with --dtype bfloat16
-    options   grpo.py where config.json asks for attentions, hidden states and router logits in a tuple: same curves?
-    two       grpo.py under torchrun with two processes: the gradient norm of one? Without --only, of the families TWO
+    two       grpo.py under torchrun with two processes. Without --only, of the families TWO
 
 Verdicts; the exit code is 1 if there is a WRONG one:
 
-    shares     several completions share a prompt, and all numbers are right, with the largest gap in nats
-    alone      each completion gets a prompt of its own, and all numbers are right
-    trains     every step, curve and gradient is finite, and the export is the trained model
-    refused    a sentence says why before that, and nothing else is written
+    sharing    trains, and several completions share a prompt; in score, with the largest gap in nats
+    alone      trains only with --no-share-prompt: a sentence refuses the other
+    refused    a sentence says why, with --no-share-prompt, too, and nothing is written
     WRONG      none of these: wrong numbers, gradients that are not finite, an exception that is no UserError, no end
     not built  no tiny model could be made here, which says nothing about the scripts
 """
 
 import argparse
 import contextlib
-import io
-import json
 import math
 import multiprocessing
 import os
@@ -34,6 +31,8 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -45,19 +44,19 @@ import torch
 import torch.distributed.checkpoint.state_dict  # these three once, before the forks
 import torch.distributed.fsdp
 import torch.utils.tensorboard
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 import grpo
 import ppo
-from helpers.runs import SMALL, command, curves, make_folder, start
-from helpers.tiny_models import with_copies
+from helpers.runs import SMALL, command, curves, make_folder, start, variety
+from helpers.tiny_models import alone, plain_logprobs, with_copies
 
-SECONDS, TOLERANCE, VOCAB, NO_DECODER = 60, 1e-3, 61, "is_decoder is False"
+SECONDS, TOLERANCE, VOCAB, NO_DECODER = 120, 1e-3, 61, "is_decoder is False"
 TWO = ["llama", "gemma3_text", "mixtral", "qwen3_5_text", "falcon_h1", "zamba", "gpt2", "gpt_neo"]
-PROMPT_LENGTHS, SHAPE, ENDS = (20, 11, 3), (12, 24), torch.tensor([1, 5, 9, 17, 33])
+PROMPT_LENGTHS, ENDS = (20, 11, 3), torch.tensor([1, 5, 9, 17, 33])
 # What makes a model tiny, whatever its config class calls it.
 TINY = """
 61 vocab_size vocab_size_per_layer_input unpadded_vocab_size shape_vocab_size pronunciation_vocab_size
@@ -165,18 +164,6 @@ def make_finite_model(family: str, special: dict) -> tuple[torch.nn.Module, list
     return model, notes if decodes else [*notes, NO_DECODER]
 
 
-@torch.no_grad()
-def one_by_one(model: torch.nn.Module, batch: grpo.Batch, change: int = 0) -> torch.Tensor:
-    """The truth, (12, T): every completion alone, without padding, mask or positions. `change`: of the first id."""
-    logprobs, batch = torch.zeros(batch.completion_ids.shape), with_copies(batch)
-    for i in range(len(logprobs)):
-        prompt, ids = batch.prompt_ids[i][batch.prompt_mask[i]], batch.completion_ids[i][batch.completion_mask[i]]
-        prompt = torch.cat([(prompt[:1] + change) % VOCAB, prompt[1:]])
-        logits = model(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
-        logprobs[i, : len(ids)] = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-    return logprobs
-
-
 def finite_gradients(model: torch.nn.Module, batch: grpo.Batch) -> bool:
     model.zero_grad()
     grpo.completion_logprobs(model, batch, 1.0)[0].sum().backward()
@@ -184,105 +171,110 @@ def finite_gradients(model: torch.nn.Module, batch: grpo.Batch) -> bool:
     return bool(gradients) and all(gradient.isfinite().all() for gradient in gradients)
 
 
+def ways_that_pass(attempt: Callable) -> tuple[dict, list[str]]:
+    """What `attempt` gives with sharing and without, where it is not refused; the sentences of refusal. All that trains
+    with shared prompts must train without."""
+    found, refusals = {}, []
+    for share_prompt in (True, False):
+        try:
+            found[share_prompt] = attempt(share_prompt)
+        except (grpo.UserError, ppo.UserError) as error:
+            refusals.append(str(error))
+    assert False in found or not found, f"trains only with shared prompts: {refusals}"
+    return found, refusals
+
+
+def verdict_on(found: dict) -> str:
+    return "sharing" if True in found else "alone" if found else "refused"
+
+
 def score(family: str, model: torch.nn.Module, notes: list[str]) -> tuple[str, float, str]:
     """The verdict on one family, the largest gap, and a note."""
     random = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, VOCAB, (length,), generator=random).tolist() for length in PROMPT_LENGTHS]
-    uniforms = torch.rand(SHAPE, dtype=torch.float64, generator=random)
-    grpo.say = notes.append
-    try:
-        args = grpo.Args(model=family, max_new_tokens=SHAPE[1])
-        shared = grpo.prepare(args, model, [], [(ids, {}) for ids in prompts])[0].share_prompt
-    except grpo.UserError as error:
-        return "refused", 0.0, " ".join([*notes, *str(error).split()])
+    pairs = [(ids, {}) for ids in prompts]
+    check = lambda share_prompt: grpo.check_policy(model, pairs, grpo.Args(model=family, share_prompt=share_prompt))
+    found, refusals = ways_that_pass(check)
+    if not found:
+        return "refused", 0.0, " ".join([*notes, *refusals[:1]])
     ids, mask = grpo.pad_prompts(prompts, torch.device("cpu"))
-    batch = grpo.Batch(ids, mask, *grpo.generate_completions(model, ids, mask, uniforms, 1.0, ENDS))
-    truth, of_token = one_by_one(model, batch), batch.completion_mask
-    gaps, all_finite = {"sampled": (batch.sampler_logprobs - truth)[of_token].abs()}, True
-    for name, one in {"alone": with_copies(batch), **({"shared": batch} if shared else {})}.items():
+    torch.manual_seed(0)
+    batch = grpo.Batch(ids, mask, *grpo.generate_completions(model, ids, mask, 4, 24, 1.0, ENDS))
+    changed = batch._replace(prompt_ids=(ids + 1) % VOCAB)
+    with torch.no_grad():
+        truth, other = (alone(partial(plain_logprobs, model), x) for x in (batch, changed))          # (N, T), each
+    gaps, all_finite = {"sampled": batch.sampler_logprobs - truth}, True
+    for share_prompt in found:
+        one = batch if share_prompt else with_copies(batch)
         with torch.no_grad():
-            scored = grpo.completion_logprobs(model, one, 1.0)[0]
-        gaps[name] = (scored - truth)[of_token].abs()
+            gaps["shared" if share_prompt else "alone"] = grpo.completion_logprobs(model, one, 1.0)[0] - truth
         all_finite &= finite_gradients(model, one)
-        if name == "alone":
-            gaps["sampled - scored"] = (batch.sampler_logprobs - scored)[of_token].abs()
-    largest = torch.cat(list(gaps.values())).max().item()
-    hangs = (one_by_one(model, batch, change=1) - truth).abs().max()
-    notes += [] if hangs > 0.05 else [f"(only {hangs:.2g} nats hang on the first token)"]
-    notes += [] if all_finite else ["gradients are not finite"]
+    largest, hangs = torch.stack(list(gaps.values())).abs().max().item(), (other - truth).abs().max()
+    notes += [] if hangs > 0.05 else [f"(only {hangs:.2g} nats hang on the prompt)"]
     if largest <= TOLERANCE and all_finite:
-        return "shares" if shared else "alone", largest, "; ".join(notes)
-    notes.append(", ".join(f"{name} {x.max():.2g}" for name, x in gaps.items()))
+        return verdict_on(found), largest, "; ".join([*notes, *refusals])
+    notes += [] if all_finite else ["gradients are not finite"]
+    notes.append(", ".join(f"{name} {x.abs().max():.2g}" for name, x in gaps.items()))
     return "WRONG", largest, "; ".join(notes)
 
 
-class Refused(Exception):
-    pass
-
-
-def judge(script: str, name: str, code: int, said: str) -> dict:
-    """The curves of a run that trained. A refusal is one sentence without a traceback, and leaves nothing behind."""
-    sentences = [line for line in said.splitlines() if line.startswith(f"{script}.py: ")]
-    if code and len(sentences) == 1 == said.count(f"{script}.py") and not Path("runs", name).exists():
-        raise Refused(sentences[0])
-    assert code == 0, f"{name} ended with {code} and said {said[-600:]}"
+def finite_curves(name: str) -> dict:
     points = {curve: [value for _, value in points] for curve, points in curves(name).items()}
     for curve, values in points.items():
+        assert all(map(math.isfinite, values)), f"{name} has {curve} {values}"
         expected = {"skipped": False, "grad_norm": True}.get(curve.partition("/")[2], any(values))
         assert any(values) == expected, f"{name} has {curve} {values}"
-        assert all(map(math.isfinite, values)), f"{name} has {curve} {values}"
     return points
 
 
 @torch.no_grad()
-def train(script, name: str, **args: object) -> dict:
+def train(script, **args: object) -> dict:
     """The curves of two steps in this process, once the export is found to be the trained model."""
-    kept, load, said = [], script.load_policy, io.StringIO()
+    kept, load, name = [], script.load_policy, f"{script.__name__}_{args['share_prompt']}"
     script.load_policy = lambda *x: kept.append(load(*x)) or kept[-1]
-    script.reward = lambda completion, problem: len(set(completion)) / 10  # as in helpers/runs.py
-    with contextlib.redirect_stderr(said), torch.enable_grad():
-        code = script.main(script.Args(**SMALL | dict(num_steps=2, run_name=name) | args))
-    script.load_policy = load
-    points = judge(script.__name__, name, code, said.getvalue())
+    script.reward, script.say = variety, lambda text: None
+    try:
+        with torch.enable_grad():
+            script.train(script.Args(**SMALL | dict(num_steps=2, run_name=name) | args))
+    except script.UserError:
+        assert not Path("runs", name).exists(), "it is refused after the run has begun"
+        raise
+    finally:
+        script.load_policy = load
+    points = finite_curves(name)
     exported, info = AutoModelForCausalLM.from_pretrained(f"runs/{name}/policy", output_loading_info=True)
     before, after, ids = kept[0].state_dict(), exported.state_dict(), torch.arange(2, 22)[None]
     wrong = info | {"other": [x for x in before.keys() & after if not torch.equal(before[x], after[x])]}
     assert not any(wrong.values()), f"the export of {name} has wrong weights: {wrong}"
     gaps = [(kept[0](ids).logits - exported(ids).logits).abs().max().item(), *points["policy/sampler_gap"]]
-    gaps = gaps[:1] if args.get("dtype") == "bfloat16" else gaps
+    gaps = gaps[:1] if args["dtype"] == "bfloat16" else gaps
     assert max(gaps) < TOLERANCE, f"{name}: the logits of the export, and the sampler, are off by {gaps}"
     return points
 
 
-def ask_for_more() -> None:
-    """In config.json and the configs inside it: what changes the output of forward."""
-    path, config = Path("model/config.json"), AutoConfig.from_pretrained("model")
-    content = json.loads(path.read_text())
-    inner = [(content[name], getattr(config, name)) for name in config.sub_configs if content.get(name)]
-    for part, usual in [(content, config), *inner]:
-        router = dict(output_router_logits=True) if hasattr(usual, "output_router_logits") else {}
-        part |= dict(output_attentions=True, output_hidden_states=True, return_dict=False) | router
-    path.write_text(json.dumps(content))
-
-
-def try_training(mode: str) -> None:
-    """On the model of this folder. Where two runs must agree, the first points of their curves do."""
-    dtype, usual, other = mode if mode == "bfloat16" else "float32", {}, {}
-    if mode != "ppo":
-        usual = train(grpo, "grpo", dtype=dtype)
-    if mode in ("ppo", "bfloat16"):
-        train(ppo, "ppo", value_warmup_steps=0, dtype=dtype)
-    if mode == "options":
-        ask_for_more()
-        other = train(grpo, "options")
-    if mode == "two":
-        with start(command("grpo", processes=2, run_name="two", num_steps=1)) as process:
-            said, _ = process.communicate(timeout=3 * SECONDS)
-        other = judge("grpo", "two", process.returncode, said)
-        AutoModelForCausalLM.from_pretrained("runs/two/policy")
-    for curve, (value, *_) in other.items():
-        are_close = math.isclose(value, usual[curve][0], rel_tol=1e-4, abs_tol=1e-6)
-        assert are_close, f"{curve} {usual[curve][0]} became {value}"
+def try_training(mode: str) -> tuple[str, float, str]:
+    """On the model of this folder. With and without shared prompts the first points of all curves are the same."""
+    dtype, verdicts, notes = mode if mode == "bfloat16" else "float32", set(), []
+    for script in {"ppo": [ppo], "bfloat16": [grpo, ppo]}.get(mode, [grpo]):
+        own = dict(value_warmup_steps=0) if script is ppo else {}
+        found, refusals = ways_that_pass(lambda share, script=script, own=own: train(
+            script, share_prompt=share, dtype=dtype, **own))
+        verdicts.add(verdict_on(found))
+        notes += refusals[:1]
+        if True in found and dtype == "float32":
+            for curve, (value, *_) in found[True].items():
+                other = found[False][curve][0]
+                are_close = math.isclose(value, other, rel_tol=1e-3, abs_tol=1e-5)
+                assert are_close, f"{curve} is {value} with shared prompts, {other} without"
+        if mode == "two" and found:
+            flags = dict(run_name="two", num_steps=1, share_prompt=True in found)
+            with start(command("grpo", processes=2, **flags)) as process:
+                said, _ = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0, f"two processes ended with {process.returncode} and said {said[-600:]}"
+            assert finite_curves("two")["policy/sampler_gap"][0] < TOLERANCE
+            AutoModelForCausalLM.from_pretrained("runs/two/policy")
+    assert len(verdicts) == 1, f"one script trains it, the other does not: {notes}"
+    return verdicts.pop(), 0.0, "; ".join(notes)
 
 
 def verdict(mode: str, family: str, special: dict, folder: str) -> tuple[str, float, str]:
@@ -297,9 +289,7 @@ def verdict(mode: str, family: str, special: dict, folder: str) -> tuple[str, fl
     except Exception as error:
         return "not built", 0.0, f"{type(error).__name__}: {error}"
     try:
-        return score(family, model, notes) if mode == "score" else try_training(mode) or ("trains", 0.0, "")
-    except Refused as error:
-        return "refused", 0.0, str(error)
+        return score(family, model, notes) if mode == "score" else try_training(mode)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         frames = [x for x in frames if x.filename in (grpo.__file__, ppo.__file__) or x is frames[-1]]
@@ -317,11 +307,11 @@ def apart(mode: str, family: str, special: dict) -> tuple[str, float, str]:
         sender.close()
         found = "WRONG", math.nan, "no end, or its process died"
         with contextlib.suppress(EOFError):
-            if receiver.poll(SECONDS * (4 if mode == "two" else 1)):
+            if receiver.poll(SECONDS * (2 if mode == "two" else 1)):
                 found = receiver.recv()
         process.kill()
         process.join()
-    if found[0] != "trains":
+    if mode == "score" or found[0] != "sharing":
         name = f"{mode:8} {family + ' (decoder)' * bool(special):32} {found[0]:9} {found[1]:8.2g}"
         print(f"{name} {time.time() - started:3.0f} s  {' '.join(found[2].split())}"[:400], flush=True)
     return found
@@ -329,7 +319,7 @@ def apart(mode: str, family: str, special: dict) -> tuple[str, float, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = "score", "grpo", "ppo", "bfloat16", "options", "two"
+    modes = "score", "grpo", "ppo", "bfloat16", "two"
     parser.add_argument("--modes", nargs="+", default=["score"], choices=modes)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", choices=list(CONFIG_MAPPING))
     parser.add_argument("--processes", type=int, default=2, help="at once")
