@@ -169,7 +169,7 @@ class Args:
 
 
 # ============================ CHANGE THIS: the task =============================
-# A task is read_prompt, reward and compute_rewards; nothing outside this block knows it. Here a completion must end in
+# A task is read_prompt, reward and compute_rewards; no code outside this block knows it. Here a completion must end in
 # the right number, after the marker "#". The files of GSM8K are in this format.
 
 INSTRUCTION = "\nThink step by step, then end with the final number after ####."

@@ -278,23 +278,6 @@ def test_train_trains_the_very_ids_that_were_sampled(script, monkeypatch):
 
 
 @SCRIPTS
-def test_train_logs_means_over_all_tokens_of_all_minibatches(script, monkeypatch):
-    """Neither over the padding, which is longest where answers are short, nor of the last minibatch alone. The norm of
-    a gradient is that before it is clipped, or a bad batch would not show."""
-    scored = record(monkeypatch, script, "completion_logprobs", lambda given, result: (given[1], *result))
-    monkeypatch.setattr(script, "kl_estimate", lambda logprobs, *_: (logprobs != 0).float())  # one nat a token
-    monkeypatch.setattr(script, "reward", variety)
-    options = dict(num_steps=1, update_epochs=1, num_minibatches=2, micro_batch_tokens=60, max_grad_norm=1e-3)
-    script.train(small(script, "a", **options))
-    entropies = [entropy[part.completion_mask] for part, logprobs, entropy in scored if logprobs.requires_grad]
-    assert len(entropies) >= 4
-    found = {tag: value for tag, [(_, value)] in curves("a").items()}
-    assert found["policy/entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
-    assert found["policy/kl"] == pytest.approx(1.0)
-    assert min(value for tag, value in found.items() if tag.endswith("grad_norm")) > 1e-2
-
-
-@SCRIPTS
 def test_load_policy_turns_dropout_off_and_it_stays_off(script, monkeypatch):
     """With it a ratio is noise, and so is the difference between two passes of one model."""
     make_folder(Path(), "gpt2")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Nothing that comes with a model, a checkpoint or a text is executed, or becomes a control token. That what a model
-writes is not evaluated either is a row of the rewards in test_data_and_models.py.
-"""
+"""Nothing that comes with a model, a checkpoint or a text is executed, or becomes a control token. (What a model writes
+is not evaluated either: a row of the rewards in test_data_and_models.py.)"""
 
 from pathlib import Path
 

@@ -254,12 +254,11 @@ def test_the_curves_are_means_over_the_tokens_or_the_completions_of_the_step(scr
     losses = spy(monkeypatch, script, "grpo_loss" if script is grpo else "policy_loss")
     scores = spy(monkeypatch, script, "completion_logprobs", lambda _, part, *__: part.completion_mask)
     values = spy(monkeypatch, script, "value_loss") if script is ppo else []
-    curves = train(script, monkeypatch, dict(num_steps=1, update_epochs=2)).curves[0]
+    curves = train(script, monkeypatch, dict(num_steps=1, update_epochs=2, max_grad_norm=1e-3)).curves[0]
     rewards, at = [1.0, 0.0, 0.5, 0.0, 2.0, -0.7], 4 if script is grpo else 3  # `at` which argument is the mask
-    # In GRPO the mean over the groups: 0 says that the rewards teach nothing.
-    std = stdev(rewards) if script is ppo else (stdev(rewards[:3]) + stdev(rewards[3:])) / 2
-    expected = {"reward/mean": fmean(rewards), "reward/std": std, "completion/length": 3.5}
-    expected["completion/truncated"] = 2 / 6
+    std = stdev(rewards) if script is ppo else (stdev(rewards[:3]) + stdev(rewards[3:])) / 2  # of the groups
+    expected = {"reward/mean": fmean(rewards), "reward/std": std}
+    expected |= {"completion/length": 3.5, "completion/truncated": 2 / 6}
     expected["policy/entropy"] = mean(entropy[mask] for mask, (logp, entropy) in scores if logp.requires_grad)
     for name in losses[0][1][1]:                            # clip_frac, approx_kl, ratio, and GRPO's kl
         expected[f"policy/{name}"] = mean(metrics[name][args[at]] for args, (_, metrics) in losses)
@@ -269,3 +268,4 @@ def test_the_curves_are_means_over_the_tokens_or_the_completions_of_the_step(scr
         expected["value/explained_variance"] = 1 - ((returns - old_values).var() / returns.var()).item()
     for name, value in expected.items():
         assert curves[name] == pytest.approx(value), name
+    assert curves["policy/grad_norm"] > 0.01              # before it is clipped: a bad batch must show
