@@ -47,7 +47,7 @@ FOR_BOTH = [
     {}, dict(beta=0.3), dict(beta=0.0), dict(learning_rate=0.01), dict(max_grad_norm=0.1), dict(update_epochs=2),
     dict(clip_eps_high=0.4, update_epochs=2), dict(clip_eps=0.4, clip_eps_high=0.2, update_epochs=2),
     dict(num_minibatches=1), dict(temperature=0.7), dict(loss_average="token"), dict(loss_average="constant"),
-    dict(loss_average="constant", max_new_tokens=9),
+    dict(loss_average="constant", max_new_tokens=9), dict(update_epochs=2, num_minibatches=1),
 ]  # fmt: skip
 CASES = {
     grpo: [
@@ -269,3 +269,18 @@ def test_the_curves_are_means_over_the_tokens_or_the_completions_of_the_step(scr
     for name, value in expected.items():
         assert curves[name] == pytest.approx(value), name
     assert curves["policy/grad_norm"] > 0.01              # before it is clipped: a bad batch must show
+
+
+def test_train_says_that_the_policy_will_not_learn(monkeypatch):
+    """All steps of the second run train the value model alone."""
+    said = spy(monkeypatch, ppo, "say")
+    for steps in (1, 2):
+        train(ppo, monkeypatch, dict(num_steps=2, value_warmup_steps=steps))
+    assert len(said) == 1
+
+
+@SCRIPTS
+def test_train_computes_in_the_dtype_of_the_flag(script, monkeypatch):
+    samplers = spy(monkeypatch, script, "make_sampler", lambda policy, dtype: dtype)
+    train(script, monkeypatch, dict(dtype="bfloat16", num_steps=1))
+    assert samplers[0][0] == "bfloat16"

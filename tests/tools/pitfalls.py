@@ -98,7 +98,7 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
      "tests/test_sampling.py::test_completions_have_the_probabilities_of_full_forward_passes[llama-1.0]"),
     ("old log-probabilities come from other shapes than the new ones", "grpo.py", "score_batch",
      "score(model, part)", "score(model, take_completions(batch, index, 1))",
-     "tests/test_batching.py::test_micro_batches_add_up_to_one_pass_over_the_minibatch[True-1]"),
+     "tests/test_batching.py::test_score_batch_gives_the_bits_that_the_update_will_see[True]"),
     ("the sampler's log-probabilities are the old ones", "grpo.py", "train",
      "else part.old_logprobs", "else part.sampler_logprobs",
      "tests/test_training.py::test_train_has_a_ratio_of_exactly_1_for_as_long_as_the_policy_stays[grpo]"),
@@ -173,7 +173,7 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
      "tests/test_losses.py::test_weights_are_those_of_the_three_averages"),
     ("completions come to a prompt of another group", "grpo.py", "take_completions",
      "index[::share] // group_size", "index[::share] % len(batch.prompt_ids)",
-     "tests/test_batching.py::test_micro_batches_add_up_to_one_pass_over_the_minibatch[True-1]"),
+     "tests/test_batching.py::test_score_batch_gives_the_bits_that_the_update_will_see[True]"),
     ("groups are numbered anew in a part of the batch", "grpo.py", "micro_batches",
      ".view(-1, args.group_size)[minibatch]", ".view(-1, args.group_size)[: len(minibatch)]",
      "tests/test_batching.py::"
