@@ -62,13 +62,13 @@ def test_micro_batches_hold_every_completion_once_the_longest_first_and_keep_to_
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_score_batch_gives_the_bits_that_the_update_will_see(share_prompt):
     """PPO Eq. 6: the first ratio is exactly 1, because scoring takes the micro-batches of the update."""
-    model, batch, minibatches = make_model("gpt2"), batch_of(grpo, 8, 4), torch.arange(8).chunk(2)
-    score = lambda model, part: grpo.completion_logprobs(model, part, 0.7)[0].float()
+    model, batch, minibatches = make_model("gpt2", torch.float32), batch_of(grpo, 8, 4), torch.arange(8).chunk(2)
+    score = lambda model, part: grpo.completion_logprobs(model, part, 0.7)[0]
     for budget in (1, 18, 60, 10**6):
         args = grpo.Args(group_size=4, micro_batch_tokens=budget, share_prompt=share_prompt)
         with torch.no_grad():
             scored = grpo.score_batch(score, model, batch, minibatches, args)               # (N, T)
-        torch.testing.assert_close(scored, score(model, batch).detach(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(scored, score(model, batch).detach(), atol=1e-5, rtol=0)
         for minibatch in minibatches:
             for index, part in grpo.micro_batches(model, batch, minibatch, args):
                 assert torch.equal(score(model, part), scored[index, : part.completion_ids.shape[1]])

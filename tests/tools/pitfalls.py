@@ -158,7 +158,7 @@ TABLE = [  # of Pitfalls, with {} for the name of the script where both scripts 
     ("the weights of the tokens are those of their micro-batch", "{}.py", "train",
      "part.advantages, part.completion_mask, part.weights,",
      "part.advantages, part.completion_mask, part.weights / part.weights.sum(),",
-     "tests/test_wiring.py::test_train_goes_where_the_plain_loops_go[{} no flag]"),
+     "tests/test_wiring.py::test_train_goes_where_the_plain_loops_go[{} --num-minibatches 1]"),
     ("a minibatch has the weights of the whole batch", "{}.py", "train",
      "args.num_minibatches * loss_weights(", "loss_weights(",
      "tests/test_wiring.py::test_train_goes_where_the_plain_loops_go[{} no flag]"),
