@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a batch is cut changes no number: micro-batches, shared prompts, and the parts of the processes. And when a
-gradient makes no step."""
+"""How a batch is cut into micro-batches changes no number. And when a gradient makes no step."""
 
 from types import SimpleNamespace
 

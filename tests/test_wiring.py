@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What connects the formulas: `train` of both scripts against the algorithm in plain words, helpers/plain_*.py, with
-every flag that reaches the mathematics. A flag that nothing reads, two numbers in each other's place or a KL that
-points the other way make a difference.
-"""
+every flag that reaches the mathematics: if nothing reads it, that makes a difference."""
 
 import functools
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -231,10 +230,10 @@ def test_evaluate_takes_current_weights_and_always_the_same_numbers(script, rand
     """Greedy is temperature 0, sampled is --temperature."""
     note = lambda policy, *given: (policy.lm_head.weight[0, 0].item(), given[4], torch.get_rng_state().tolist())
     calls = spy(monkeypatch, script, "generate_completions", note)
-    run, policy = object.__new__(script.Run), make_policy()
+    run, policy, logged = object.__new__(script.Run), make_policy(), []
     vars(run).update(
         args=arguments(script, dict(temperature=0.7)), eos_ids=torch.tensor([END]), held_out=PAIRS[:2], step=3,
-        tokenizer=SimpleNamespace(decode=str), sampler=make_policy(), policy=policy, folder=tmp_path, log=print,
+        tokenizer=SimpleNamespace(decode=str), sampler=make_policy(), policy=policy, folder=tmp_path, log=logged.append,
     )  # fmt: skip
     for weight in (0.5, 0.25):
         policy.lm_head.weight.data[0, 0] = weight           # the sampler has another one until it is refreshed
@@ -244,6 +243,9 @@ def test_evaluate_takes_current_weights_and_always_the_same_numbers(script, rand
     assert weights == (0.5, 0.5, 0.25, 0.25)
     assert temperatures == (0.0, 0.7, 0.0, 0.7)
     assert states[1] == states[3]
+    lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()][2:4]  # sampled
+    for name, curve in (("reward", "eval/sampled"), ("length", "eval/length")):
+        assert logged[0][curve] == pytest.approx(fmean(line[name] for line in lines)), curve
 
 
 @SCRIPTS
@@ -272,11 +274,10 @@ def test_the_curves_are_means_over_the_tokens_or_the_completions_of_the_step(scr
 
 
 def test_train_says_that_the_policy_will_not_learn(monkeypatch):
-    """All steps of the second run train the value model alone."""
     said = spy(monkeypatch, ppo, "say")
     for steps in (1, 2):
         train(ppo, monkeypatch, dict(num_steps=2, value_warmup_steps=steps))
-    assert len(said) == 1
+    assert len(said) == 1  # where all steps train the value model alone
 
 
 @SCRIPTS
