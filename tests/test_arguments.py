@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Whatever is wrong with the flags is said in one sentence, without a traceback, and before anything is loaded. What is
-right is completed by the defaults that depend on other flags.
-"""
+right is completed by the defaults that depend on other flags."""
 
 import inspect
 import math

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What can go wrong in a run, done to it: it is killed, resumed with something changed, its disk is full, its reward
 fails, its gradient is not finite. In the folder of every test are model/, data.jsonl, runs/whole, a run of 4 steps to
-which nothing has happened, and runs/half, the same one stopped after 2; a test's own run is runs/a.
-"""
+which nothing has happened, and runs/half, the same one stopped after 2; a test's own run is runs/a."""
 
 import contextlib
 import math

@@ -282,6 +282,8 @@ def test_train_says_that_the_policy_will_not_learn(monkeypatch):
 
 @SCRIPTS
 def test_train_computes_in_the_dtype_of_the_flag(script, monkeypatch):
-    samplers = spy(monkeypatch, script, "make_sampler", lambda policy, dtype: dtype)
+    scores = spy(monkeypatch, script, "completion_logprobs", lambda *_: torch.is_autocast_enabled("cpu"))
+    samplers = spy(monkeypatch, script, "refresh_sampler", lambda sampler, _: next(sampler.parameters()).dtype)
     train(script, monkeypatch, dict(dtype="bfloat16", num_steps=1))
-    assert samplers[0][0] == "bfloat16"
+    assert samplers[0][0] == torch.bfloat16
+    assert all(is_autocast for is_autocast, _ in scores)
