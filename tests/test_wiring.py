@@ -181,6 +181,7 @@ def test_train_goes_where_the_plain_loops_go(script, flags, in_float64, monkeypa
     updates = spy(monkeypatch, script, "optimizer_step", gradient)
     controllers = {name: spy(monkeypatch, ppo, name) for name in ("penalty_beta", "adaptive_beta")}
     run, args, (models, steps) = train(script, monkeypatch, flags), arguments(script, flags), plain(script, **flags)
+    check((run.models["ref_policy"][0] is None) == (args.beta == 0), flags, "a reference policy")
     for name, (plain_model, plain_updates) in models.items():
         model, _ = run.models["policy" if name == "policy" else "value_model"]
         gradients = [gradient for (updated, gradient), _ in updates if updated is model]
@@ -228,7 +229,7 @@ def test_rollout_draws_other_numbers_for_every_seed_step_and_process(script, ran
 @SCRIPTS
 def test_evaluate_takes_current_weights_and_always_the_same_numbers(script, random_rewards, monkeypatch, tmp_path):
     """Greedy is temperature 0, sampled is --temperature."""
-    note = lambda policy, *given: (policy.lm_head.weight[0, 0].item(), given[4], torch.get_rng_state().tolist())
+    note = lambda policy, *given: (policy.lm_head.weight[0, 0].item(), given[3:5], torch.get_rng_state().tolist())
     calls = spy(monkeypatch, script, "generate_completions", note)
     run, policy, logged = object.__new__(script.Run), make_policy(), []
     vars(run).update(
@@ -241,7 +242,7 @@ def test_evaluate_takes_current_weights_and_always_the_same_numbers(script, rand
         run.evaluate()
     weights, temperatures, states = zip(*(noted for noted, _ in calls), strict=True)
     assert weights == (0.5, 0.5, 0.25, 0.25)
-    assert temperatures == (0.0, 0.7, 0.0, 0.7)
+    assert temperatures == ((6, 0.0), (6, 0.7), (6, 0.0), (6, 0.7))  # and --max-new-tokens
     assert states[1] == states[3]
     lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()][2:4]  # sampled
     for name, curve in (("reward", "eval/sampled"), ("length", "eval/length")):
@@ -273,11 +274,10 @@ def test_the_curves_are_means_over_the_tokens_or_the_completions_of_the_step(scr
     assert curves["policy/grad_norm"] > 0.01              # before it is clipped: a bad batch must show
 
 
-def test_train_says_that_the_policy_will_not_learn(monkeypatch):
+def test_train_of_ppo_says_that_the_policy_will_not_learn(monkeypatch):
     said = spy(monkeypatch, ppo, "say")
-    for steps in (1, 2):
-        train(ppo, monkeypatch, dict(num_steps=2, value_warmup_steps=steps))
-    assert len(said) == 1  # where all steps train the value model alone
+    runs = [train(ppo, monkeypatch, dict(num_steps=2, value_warmup_steps=steps)) for steps in (1, 2)]
+    assert len(said) == len(runs) - 1  # where all steps train the value model alone
 
 
 @SCRIPTS

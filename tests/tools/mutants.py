@@ -138,6 +138,8 @@ SIGNS = {
     "+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "**": "*", "&": "|", "and": "or", "or": "and",
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is",
 }  # fmt: skip
+# Left out, these change nothing on a CPU (test_device.py, which is slow, sees `device`), or only the speed.
+UNSEEN = {"device", "use_cache", "stable", "fused"}
 # The tests of a mutant are forked from a process that has imported these, which takes longer than most of them.
 IMPORTED = (
     "pytest", "tyro", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.utils.tensorboard",
@@ -181,13 +183,13 @@ def changes(source: str, node: ast.AST, defaults: dict) -> Iterator[tuple[str, i
         case ast.Attribute(value=ast.Name("args"), attr=name) if name in defaults:
             yield "flag", node.first, node.last, repr(defaults[name])
         case ast.Call():
-            for a, b in itertools.pairwise(node.args):
+            for a, b in itertools.pairwise(node.args if ast.unparse(node.func) not in ("min", "max") else []):
                 texts = source[b.first : b.last], source[a.last : b.first], source[a.first : a.last]
                 yield "argument", a.first, b.last, "".join(texts)
-            for keyword in node.keywords:
+            for keyword in (x for x in node.keywords if x.arg not in UNSEEN):
                 comma = re.compile(r",?\s*").match(source, keyword.last)
                 yield "keyword", keyword.first, comma.end(), ""
-        case ast.UnaryOp():
+        case ast.UnaryOp() if not isinstance(node.operand, ast.Constant):  # -1 is an axis, or the last place
             yield "sign", node.first, node.operand.first, ""
         case ast.BinOp():
             operands = [node.left, node.right]
