@@ -71,8 +71,8 @@ def process_advantages(step_rewards: Tensor, step_ends: Tensor) -> Tensor:
 
     One step per output, at its last token, is outcome supervision: `group_advantages` on every token.
 
-    In grpo.py's train, these lines replace `per_completion` and `advantages` of step 2. Every finished column of a sum,
-    which ends in ";", earns 0.1:
+    In grpo.py, import this function; in train, these lines replace `per_completion` and `advantages` of step 2. Every
+    finished column of a sum, which ends in ";", earns 0.1:
 
         mask = batch.completion_mask                                                        # (N, T)
         last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))

@@ -2,7 +2,7 @@
 """GRPO on a language model: Group Relative Policy Optimization. Each step:
 
     1. Rollout    G completions per prompt, their rewards  rollout
-    2. Advantage  compare each reward with its group's     group_advantages
+    2. Advantage  each reward against its group's mean     group_advantages
     3. Score      log-probabilities under pi_ref, pi_old   completion_logprobs
     4. Update     mu passes on clipped loss plus beta KL   grpo_loss
 
@@ -14,9 +14,9 @@ Papers: DeepSeekMath (arXiv 2402.03300) sections 4.1.1 and 4.1.2 and Algorithm 1
 objective. Flags add what came later: parts of DAPO (2503.14476), Dr. GRPO (2503.20783), RLOO (2402.14740), GSPO
 (2507.18071) and the importance-weighted KL of DeepSeek-V3.2 (2512.02556).
 
-The policy pi_theta is a causal language model: after a prompt q, it gives any next token its probability. Advantage and
-KL pull against each other: the advantage pushes the policy toward whatever earns more than its group's mean; the KL
-keeps it near the reference policy, so that it still writes the language it was trained on.
+The policy pi_theta is a causal language model: after a prompt q and the tokens so far, it gives every next token a
+probability. Advantage and KL pull against each other: the advantage pushes the policy toward whatever earns more than
+its group's mean; the KL keeps it near the reference policy, so that it still writes the language it was trained on.
 
     symbol       name in the code    shape        meaning
     G            group_size          scalar       completions per prompt
@@ -25,7 +25,7 @@ keeps it near the reference policy, so that it still writes the language it was 
     o_i          completion_ids      (N, T)       N = B G completions of at most T tokens, right-padded
     |o_i|        completion_mask     (N, T)       true on the tokens of o_i, its EOS token too; sums to |o_i|
     r_i          rewards             (N,)         the reward of a completion
-    A_{i,t}      advantages          (N, T)       r_i less its group's mean, over its group's std by default
+    A_{i,t}      advantages          (N, T)       r_i less its group's mean, divided by the group's std by default
     pi_theta     logprobs            (N, T)       log pi_theta(o_{i,t} | q, o_{i,<t}) at the sampling temperature, nats
     pi_old       old_logprobs        (N, T)       the same before the first update of the step
     pi_ref       ref_logprobs        (N, T)       the same under the reference policy, which is frozen
@@ -141,7 +141,7 @@ class Args:
     """compute dtype; weights stay float32; auto: bfloat16 on a GPU if the model has over 10 M parameters"""
     # The run
     seed: int = 1
-    """every random number of step s follows from (seed, s)"""
+    """with the number of processes, it fixes all random numbers of training; evaluations always draw the same"""
     run_name: str | None = None
     """the run is kept in runs/RUN_NAME; default name: script, model, seed and time"""
     resume: bool = False
@@ -232,7 +232,7 @@ def sample_tokens(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         # tokens of a large vocabulary would vanish in the sum; torch.multinomial takes longer.
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)                                    # (R, V)
         threshold = (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:]                         # (R, 1)
-        tokens = torch.searchsorted(cdf, threshold)[:, 0].clamp(max=cdf.shape[1] - 1)       # (R,), NaN finds none
+        tokens = torch.searchsorted(cdf, threshold)[:, 0].clamp(max=cdf.shape[1] - 1)       # (R,), NaN: refused below
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -247,7 +247,7 @@ def generate_completions(
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is the length of the longest completion.
     """
     ids = prompt_ids.new_zeros(len(prompt_ids) * group_size, max_new_tokens)                # (N, max_new_tokens)
-    logprobs = torch.zeros_like(ids, dtype=torch.float32)                                   # (N, T)
+    logprobs = torch.zeros_like(ids, dtype=torch.float32)                                   # (N, max_new_tokens)
     running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
     decoder = Decoder(policy, prompt_ids, prompt_mask, group_size, max_new_tokens)
     for t in range(max_new_tokens):
@@ -258,8 +258,8 @@ def generate_completions(
         logits = decoder.next_logits(ids[:, :t])                                            # (R, V), after q and o_{<t}
         ids[rows, t], logprobs[rows, t] = sample_tokens(logits, temperature)
         running = running & ~torch.isin(ids[:, t], eos_ids)
-    is_end = torch.isin(ids, eos_ids).long()                                                # (N, T)
-    mask = is_end.cumsum(1) - is_end == 0       # (N, T), no EOS token before: true through the first, or through T
+    is_end = torch.isin(ids, eos_ids).long()                                                # (N, max_new_tokens)
+    mask = is_end.cumsum(1) - is_end == 0       # no EOS token before: true through the first, else throughout
     T = int(mask.sum(1).max())
     ids, mask, logprobs = ids.where(mask, 0)[:, :T], mask[:, :T], logprobs.where(mask, 0.0)[:, :T]
     assert logprobs.isfinite().all(), "the model's output is not finite"
@@ -280,12 +280,12 @@ def rollout(
         [7, 8, 9]     [21,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
                       [22,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
 
-    The second was cut off: it is rewarded and, by default, trained like any other. The last group teaches only the KL.
+    The second was cut off, but is rewarded and, by default, trained. In GRPO the last group teaches only the KL.
     """
     # Each process samples for its own share of the prompts; all_gather gives every process the whole batch.
     rank, processes = world()
     torch.manual_seed(args.seed * 1_000_003 + step * processes + rank)
-    random.seed(f"{args.seed} {step} {rank}")           # a reward may draw, too
+    random.seed(f"{args.seed} {step} {rank}")           # a reward may use random numbers, too
     prompt_ids, prompt_mask = pad_prompts([prompt for prompt, _ in pairs], eos_ids.device)  # (B, P), each
     ids, mask, logprobs = generate_completions(                                             # (N', T), each
         sampler, own_share(prompt_ids), own_share(prompt_mask), args.group_size, args.max_new_tokens, args.temperature,
@@ -346,7 +346,7 @@ def loss_weights(token_mask: Tensor, loss_average: str, max_new_tokens: int) -> 
     """
     # Differs: DAPO averages over the tokens of a group, then over groups. Here, as is usual, over all tokens at once.
     mask = token_mask.float()                                                               # (..., T)
-    num_completions = mask[..., 0].numel()      # N, with rows that are false throughout
+    num_completions = mask[..., 0].numel()      # N, also the rows without a counted token
     if loss_average == "sequence":
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / num_completions
     if loss_average == "token":
@@ -414,7 +414,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_
 
 
 def train(args: Args, stop: threading.Event | None = None) -> Path:
-    """Train a policy. Returns its folder, in Hugging Face format. Setting `stop` ends the run after its step."""
+    """Train a policy. Returns its folder, in Hugging Face format. `stop` ends the run after the current step."""
     args = check_args(args)
     device = start(args)
     policy = load_policy(args.model, device)            # dropout is off: with it, the first ratio would not be 1
@@ -422,20 +422,20 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     check_policy(policy, pairs, args)                   # it must score as it samples
     args = replace(args, dtype=choose_dtype(policy, args.dtype))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    sampler = make_sampler(policy, args.dtype)
     ref_policy = shard(copy.deepcopy(policy).requires_grad_(False)) if args.beta else None  # no KL, no reference
+    sampler = make_sampler(policy, args.dtype)
     policy = shard(policy)                              # over the processes; before AdamW
     # Differs: a constant learning rate, and `optimizer_step` clips the gradient.
     learning_rate = args.learning_rate or (5e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None)}              # what a checkpoint holds
     run = Run(args, tokenizer, eos_ids, held_out, sampler, models, betas={}, stop=stop)
-    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # (B',) each: prompts, in every epoch
+    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # (B',) each: indices of prompts
     score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # gives (N', T)
     for step in run.bar:                                # from 0, or the checkpoint's step, through num_steps
         if run.evaluate_and_save(step):                 # when it is due; true after the last step or a signal
             break
-        # Differs: Algorithm 1 always has this outer loop, and retrains the reward model in it.
+        # Differs: Algorithm 1 always refreshes pi_ref, in an outer loop, and retrains the reward model there.
         if ref_policy and args.ref_refresh_every and step % args.ref_refresh_every == 0:
             ref_policy.load_state_dict(policy.state_dict())                                 # pi_ref <- pi_theta
         refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta
@@ -451,8 +451,8 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         advantages = per_completion.view(-1, 1).expand_as(batch.completion_mask)  # (N, T): every token of o_i gets A_i
 
         # ---- 3. Score: the same tokens under pi_ref, for the KL, and under pi_old, for the ratio; no gradient ----
-        # pi_old is the policy before its first update, scored by the trainer on the micro-batches of the update: the
-        # first ratio is exactly 1. With one update per step, logprobs.detach() in step 4 gives it for free.
+        # pi_old is the policy before the step's first update, scored on the micro-batches of the update: the first
+        # ratio is exactly 1. With one update per step, logprobs.detach() in step 4 gives it for free.
         with torch.no_grad(), autocast:
             if ref_policy:
                 batch = batch._replace(ref_logprobs=score_batch(score, ref_policy, batch, minibatches, args))  # (N, T)
@@ -881,7 +881,7 @@ def shard(model: nn.Module) -> nn.Module:
     return model
 
 
-# ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the prompts -----
+# ----- Processes: torchrun starts several; each has its share of the prompts and of the gradient -----
 
 
 def start(args: Args) -> torch.device:

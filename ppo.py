@@ -2,8 +2,8 @@
 """PPO on a language model: Proximal Policy Optimization for RLHF. Each step:
 
     1. Rollout    completions and their rewards         rollout
-    2. Score      pi_old, pi_ref, V; KL to the rewards  rewards_with_kl
-    3. Advantage  what came against what V predicted    gae
+    2. Score      pi_old, pi_ref, V; KL into rewards    rewards_with_kl
+    3. Advantage  what came, less what V predicted      gae
     4. Update     K epochs on both clipped losses       policy_loss, value_loss
 
     python ppo.py             a tiny model learns to add, without any download
@@ -15,8 +15,8 @@ models, DeepSeekMath (2402.03300) Eqs. 1 and 2 for the notation that grpo.py sha
 
 The policy pi_theta is a causal language model. A state s_t is a prompt and the tokens so far, an action a_t is the next
 token, and an episode is a completion. grpo.py asks how much better a completion is than its group. Here the value model
-predicts the reward from every prefix, so one completion per prompt is enough and every token gets an advantage of its
-own. And the KL enters the reward before the advantages are computed, where GRPO has it in the loss: earlier tokens,
+predicts the return from every prefix, so one completion per prompt is enough and every token gets an advantage of its
+own. And the KL enters the reward before the advantages are computed, while GRPO has it in the loss: earlier tokens,
 too, pay for the KL that they lead to.
 
     symbol       name in the code    shape        meaning
@@ -37,8 +37,8 @@ too, pay for the KL that they lead to.
     M/(BG|o|)    weights             (N, T)       a token's weight in the losses, by default; M is num_minibatches
     eps, beta    clip_eps, beta      scalar       clip range of the ratio; weight of the KL in the rewards
 
-Differences from the papers, each marked "Differs" where it happens: InstructGPT's Eq. 2 has one KL a completion, which
-its tokens pay here, and a pretraining term, which is left out; the value model shares no parameter with the policy, so
+Differences from the papers, each marked "Differs" where it happens: InstructGPT's Eq. 2 has one KL per completion, here
+split over its tokens, and a pretraining term, left out here; the value model shares no parameter with the policy, so
 Eq. 9 splits into two losses, each with its own AdamW, and needs no c_1; the value loss has the 1/2 and the clipping of
 Ziegler et al.'s code, whose whitening of the advantages is here, too; the value model trains alone in the first steps;
 Eq. 8's KL is k3 of the sampled tokens; in bfloat16 the completions come from rounded weights, uncorrected; constant
@@ -119,7 +119,7 @@ class Args:
     """gradient clipping: gradients with a larger norm are scaled down to this norm"""
     # The value model and the advantage
     value_learning_rate: float | None = None
-    """the same for the value model; default: 1e-5, but 1e-3 below 10 M parameters"""
+    """AdamW's learning rate for the value model; default: 1e-5, but 1e-3 below 10 M parameters"""
     value_warmup_steps: int = 5
     """first steps, which train the value model alone: it must see rewards before it predicts any"""
     value_clip_eps: float = 0.2
@@ -157,7 +157,7 @@ class Args:
     """compute dtype; weights stay float32; auto: bfloat16 on a GPU if the model has over 10 M parameters"""
     # The run
     seed: int = 1
-    """every random number of step s follows from (seed, s)"""
+    """with the number of processes, it fixes all random numbers of training; evaluations always draw the same"""
     run_name: str | None = None
     """the run is kept in runs/RUN_NAME; default name: script, model, seed and time"""
     resume: bool = False
@@ -249,7 +249,7 @@ def sample_tokens(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         # tokens of a large vocabulary would vanish in the sum; torch.multinomial takes longer.
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)                                    # (R, V)
         threshold = (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:]                         # (R, 1)
-        tokens = torch.searchsorted(cdf, threshold)[:, 0].clamp(max=cdf.shape[1] - 1)       # (R,), NaN finds none
+        tokens = torch.searchsorted(cdf, threshold)[:, 0].clamp(max=cdf.shape[1] - 1)       # (R,), NaN: refused below
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -264,7 +264,7 @@ def generate_completions(
     Returns: completion_ids, completion_mask, logprobs: (N, T), where T is the length of the longest completion.
     """
     ids = prompt_ids.new_zeros(len(prompt_ids) * group_size, max_new_tokens)                # (N, max_new_tokens)
-    logprobs = torch.zeros_like(ids, dtype=torch.float32)                                   # (N, T)
+    logprobs = torch.zeros_like(ids, dtype=torch.float32)                                   # (N, max_new_tokens)
     running = torch.ones_like(ids[:, 0], dtype=torch.bool)                                  # (N,), no EOS token yet
     decoder = Decoder(policy, prompt_ids, prompt_mask, group_size, max_new_tokens)
     for t in range(max_new_tokens):
@@ -275,8 +275,8 @@ def generate_completions(
         logits = decoder.next_logits(ids[:, :t])                                            # (R, V), after q and o_{<t}
         ids[rows, t], logprobs[rows, t] = sample_tokens(logits, temperature)
         running = running & ~torch.isin(ids[:, t], eos_ids)
-    is_end = torch.isin(ids, eos_ids).long()                                                # (N, T)
-    mask = is_end.cumsum(1) - is_end == 0       # (N, T), no EOS token before: true through the first, or through T
+    is_end = torch.isin(ids, eos_ids).long()                                                # (N, max_new_tokens)
+    mask = is_end.cumsum(1) - is_end == 0       # no EOS token before: true through the first, else throughout
     T = int(mask.sum(1).max())
     ids, mask, logprobs = ids.where(mask, 0)[:, :T], mask[:, :T], logprobs.where(mask, 0.0)[:, :T]
     assert logprobs.isfinite().all(), "the model's output is not finite"
@@ -297,12 +297,12 @@ def rollout(
         [7, 8, 9]     [21,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
                       [22,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
 
-    The second was cut off: it is rewarded and, by default, trained like any other. The last group teaches only the KL.
+    The second was cut off, but is rewarded and, by default, trained. In GRPO the last group teaches only the KL.
     """
     # Each process samples for its own share of the prompts; all_gather gives every process the whole batch.
     rank, processes = world()
     torch.manual_seed(args.seed * 1_000_003 + step * processes + rank)
-    random.seed(f"{args.seed} {step} {rank}")           # a reward may draw, too
+    random.seed(f"{args.seed} {step} {rank}")           # a reward may use random numbers, too
     prompt_ids, prompt_mask = pad_prompts([prompt for prompt, _ in pairs], eos_ids.device)  # (B, P), each
     ids, mask, logprobs = generate_completions(                                             # (N', T), each
         sampler, own_share(prompt_ids), own_share(prompt_mask), args.group_size, args.max_new_tokens, args.temperature,
@@ -408,7 +408,7 @@ def loss_weights(token_mask: Tensor, loss_average: str, max_new_tokens: int) -> 
     """
     # Differs: DAPO averages over the tokens of a group, then over groups. Here, as is usual, over all tokens at once.
     mask = token_mask.float()                                                               # (..., T)
-    num_completions = mask[..., 0].numel()      # N, with rows that are false throughout
+    num_completions = mask[..., 0].numel()      # N, also the rows without a counted token
     if loss_average == "sequence":
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / num_completions
     if loss_average == "token":
@@ -464,9 +464,9 @@ def value_loss(
     assert values.shape == old_values.shape == returns.shape == completion_mask.shape == weights.shape
     # Differs: PPO Eq. 9 has (V - V^targ)^2. The 1/2 and the clipping are Ziegler et al.'s.
     values, old_values, returns = (x.where(completion_mask, 0.0) for x in (values, old_values, returns))
-    # V_old + clip(V - V_old, -eps, eps); this way a V inside the range stays exactly V.
+    # V_old + clip(V - V_old, -eps, eps); as a clamp, which does not round a V inside the range.
     clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)  # (..., T)
-    errors, clipped_errors = (values - returns).square(), (clipped_values - returns).square()  # (..., T), twice
+    errors, clipped_errors = (values - returns).square(), (clipped_values - returns).square()  # (..., T), each
     loss = (0.5 * torch.maximum(errors, clipped_errors) * weights).sum()                    # scalar
     return loss, (clipped_errors > errors).float().detach()
 
@@ -485,7 +485,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_
 
 
 def train(args: Args, stop: threading.Event | None = None) -> Path:
-    """Train a policy. Returns its folder, in Hugging Face format. Setting `stop` ends the run after its step."""
+    """Train a policy. Returns its folder, in Hugging Face format. `stop` ends the run after the current step."""
     args = check_args(args)
     device = start(args)
     policy = load_policy(args.model, device)            # dropout is off: with it, the first ratio would not be 1
@@ -494,8 +494,8 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     args = replace(args, dtype=choose_dtype(policy, args.dtype))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     value_model = shard(ValueModel(policy))                                                 # Differs: no shared weights
-    sampler = make_sampler(policy, args.dtype)
     ref_policy = shard(copy.deepcopy(policy).requires_grad_(False)) if args.beta else None  # no KL, no reference
+    sampler = make_sampler(policy, args.dtype)
     policy = shard(policy)                              # over the processes; before AdamW
     # Differs: constant learning rates, and `optimizer_step` clips the gradient.
     adamw = partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
@@ -508,7 +508,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     run = Run(args, tokenizer, eos_ids, held_out, sampler, models, betas, stop)
     if args.value_warmup_steps >= args.num_steps:
         say("the policy will not learn: --value-warmup-steps, for the value model alone, is not below --num-steps")
-    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # (B',) each: prompts, in every epoch
+    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # (B',) each: indices of prompts
     score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # gives (N', T)
     for step in run.bar:                                # from 0, or the checkpoint's step, through num_steps
         if run.evaluate_and_save(step):                 # when it is due; true after the last step or a signal
@@ -521,7 +521,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
         batch, rewards, ended = rollout(sampler, chosen, step, args, tokenizer, eos_ids)
 
         # ---- 2. Score: every token under pi_old, pi_ref and V, no gradient; the KL goes into the rewards ----
-        # pi_old is the policy before its first update, on the update's micro-batches: the first ratio is exactly 1.
+        # pi_old is the policy before the step's first update. On the same micro-batches, the first ratio is exactly 1.
         with torch.no_grad(), autocast:
             old_logprobs = score_batch(score, policy, batch, minibatches, args)             # (N, T)
             ref_logprobs = score_batch(score, ref_policy, batch, minibatches, args) if ref_policy else old_logprobs
@@ -989,7 +989,7 @@ def shard(model: nn.Module) -> nn.Module:
     return model
 
 
-# ----- Processes: torchrun starts several; each samples, and computes gradients, for its share of the prompts -----
+# ----- Processes: torchrun starts several; each has its share of the prompts and of the gradient -----
 
 
 def start(args: Args) -> torch.device:

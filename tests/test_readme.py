@@ -137,7 +137,7 @@ def test_the_run_of_a_notebook_trains_until_it_is_stopped(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_process_supervision_trains_in_place_of_the_lines_that_it_replaces(tmp_path, monkeypatch):
-    """In a copy of grpo.py with what it needs beside it, as its docstring tells the user to do."""
+    """In a copy of grpo.py with what it needs beside it, as the docstring of the function tells the user to do."""
     before, _, text = FILES["grpo.py"].partition("        per_completion = ")
     after = text.partition("        advantages = ")[2].partition("\n")[2]
     text = (before + STEPS + after).replace("import group_advantages", "import process_advantages")

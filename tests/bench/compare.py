@@ -210,7 +210,7 @@ def train_trl(job: dict, case: Case) -> dict:
 
     def checked_tokenize(prompts):
         found = tokenize(prompts)
-        expected = [grpo.encode_prompt(tokenizer, row["prompt"], []) for row in steps[len(sample)]]
+        expected = [grpo.encode_prompt(tokenizer, row["prompt"]) for row in steps[len(sample)]]
         assert found[0] == [ids for ids in expected for _ in range(case.group_size)], "TRL sees other prompts than ours"
         return found
 
