@@ -25,7 +25,7 @@ its group's mean; the KL keeps it near the reference policy, so that it still wr
     o_i          completion_ids      (N, T)       N = B G completions of at most T tokens, right-padded
     |o_i|        completion_mask     (N, T)       true on the tokens of o_i, its EOS token too; sums to |o_i|
     r_i          rewards             (N,)         the reward of a completion
-    A_{i,t}      advantages          (N, T)       r_i less its group's mean, divided by the group's std by default
+    A_{i,t}      advantages          (N, T)       r_i less its group's mean, by default divided by its std
     pi_theta     logprobs            (N, T)       log pi_theta(o_{i,t} | q, o_{i,<t}) at the sampling temperature, nats
     pi_old       old_logprobs        (N, T)       the same before the first update of the step
     pi_ref       ref_logprobs        (N, T)       the same under the reference policy, which is frozen
@@ -141,7 +141,7 @@ class Args:
     """compute dtype; weights stay float32; auto: bfloat16 on a GPU if the model has over 10 M parameters"""
     # The run
     seed: int = 1
-    """with the number of processes, it fixes all random numbers of training; evaluations always draw the same"""
+    """fixes training's random numbers, given the number of processes; evaluations do not depend on it"""
     run_name: str | None = None
     """the run is kept in runs/RUN_NAME; default name: script, model, seed and time"""
     resume: bool = False
@@ -259,7 +259,7 @@ def generate_completions(
         ids[rows, t], logprobs[rows, t] = sample_tokens(logits, temperature)
         running = running & ~torch.isin(ids[:, t], eos_ids)
     is_end = torch.isin(ids, eos_ids).long()                                                # (N, max_new_tokens)
-    mask = is_end.cumsum(1) - is_end == 0       # no EOS token before: true through the first, else throughout
+    mask = is_end.cumsum(1) - is_end == 0       # no EOS before: true through the first, else throughout
     T = int(mask.sum(1).max())
     ids, mask, logprobs = ids.where(mask, 0)[:, :T], mask[:, :T], logprobs.where(mask, 0.0)[:, :T]
     assert logprobs.isfinite().all(), "the model's output is not finite"
@@ -430,12 +430,12 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
     models = {"policy": (policy, optimizer), "ref_policy": (ref_policy, None)}              # what a checkpoint holds
     run = Run(args, tokenizer, eos_ids, held_out, sampler, models, betas={}, stop=stop)
-    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # (B',) each: indices of prompts
+    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # each (B',): which prompts
     score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # gives (N', T)
     for step in run.bar:                                # from 0, or the checkpoint's step, through num_steps
         if run.evaluate_and_save(step):                 # when it is due; true after the last step or a signal
             break
-        # Differs: Algorithm 1 always refreshes pi_ref, in an outer loop, and retrains the reward model there.
+        # Differs: Algorithm 1 always refreshes pi_ref, in an outer loop that retrains the reward model.
         if ref_policy and args.ref_refresh_every and step % args.ref_refresh_every == 0:
             ref_policy.load_state_dict(policy.state_dict())                                 # pi_ref <- pi_theta
         refresh_sampler(sampler, policy)                                                    # pi_old <- pi_theta

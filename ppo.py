@@ -157,7 +157,7 @@ class Args:
     """compute dtype; weights stay float32; auto: bfloat16 on a GPU if the model has over 10 M parameters"""
     # The run
     seed: int = 1
-    """with the number of processes, it fixes all random numbers of training; evaluations always draw the same"""
+    """fixes training's random numbers, given the number of processes; evaluations do not depend on it"""
     run_name: str | None = None
     """the run is kept in runs/RUN_NAME; default name: script, model, seed and time"""
     resume: bool = False
@@ -276,7 +276,7 @@ def generate_completions(
         ids[rows, t], logprobs[rows, t] = sample_tokens(logits, temperature)
         running = running & ~torch.isin(ids[:, t], eos_ids)
     is_end = torch.isin(ids, eos_ids).long()                                                # (N, max_new_tokens)
-    mask = is_end.cumsum(1) - is_end == 0       # no EOS token before: true through the first, else throughout
+    mask = is_end.cumsum(1) - is_end == 0       # no EOS before: true through the first, else throughout
     T = int(mask.sum(1).max())
     ids, mask, logprobs = ids.where(mask, 0)[:, :T], mask[:, :T], logprobs.where(mask, 0.0)[:, :T]
     assert logprobs.isfinite().all(), "the model's output is not finite"
@@ -508,7 +508,7 @@ def train(args: Args, stop: threading.Event | None = None) -> Path:
     run = Run(args, tokenizer, eos_ids, held_out, sampler, models, betas, stop)
     if args.value_warmup_steps >= args.num_steps:
         say("the policy will not learn: --value-warmup-steps, for the value model alone, is not below --num-steps")
-    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # (B',) each: indices of prompts
+    minibatches = torch.arange(args.num_prompts).chunk(args.num_minibatches)  # each (B',): which prompts
     score = lambda model, part: completion_logprobs(model, part, args.temperature)[0]       # gives (N', T)
     for step in run.bar:                                # from 0, or the checkpoint's step, through num_steps
         if run.evaluate_and_save(step):                 # when it is due; true after the last step or a signal

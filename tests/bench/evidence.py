@@ -57,7 +57,7 @@ KLS = {
 SIZES = {f"G = {g}": f"grpo.py --group-size {g} --num-prompts {COMPLETIONS // g}" for g in (2, 4, 8, 16, 32)}
 SUMS = "--model ../../smollm2 --data sums_train.jsonl --eval-data sums_test.jsonl --max-new-tokens 8"
 SUMS += " --learning-rate 1e-5 --dtype bfloat16"
-PRETRAINED = {"GRPO": f"grpo.py {SUMS} --num-prompts 16", "PPO": f"ppo.py {SUMS} --num-prompts 128"}
+PRETRAINED = {"GRPO": f"grpo.py {SUMS} --num-prompts 16", "PPO": f"ppo.py {SUMS} --num-prompts 16 --group-size 8"}
 EXPERIMENTS = {"learning": {"GRPO": "grpo.py", "PPO": "ppo.py"}, "variants": VARIANTS, "kl": KLS, "group_size": SIZES}
 EXPERIMENTS |= {"pretrained": PRETRAINED}
 COLUMNS = {  # of a file: (curve of the run, format in the tables, axis of its panel)
