@@ -56,9 +56,9 @@ def test_leave_one_out_subtracts_the_mean_of_the_others(rewards, scale):
 @example(0.1, 3, torch.float32, "group", "mean")  # the mean of three times 0.1 misses it by 7e-9
 @example(0.1, 3, torch.float32, "group", "leave_one_out")
 def test_equal_rewards_give_exactly_zero(value, group_size, dtype, scale, baseline):
-    """Also beside a group of which one reward is larger."""
+    """Also beside a group of which one reward is larger and one smaller."""
     rewards = torch.full((2, group_size), value, dtype=dtype)
-    rewards[1, 0] += 1
+    rewards[1, :2] += torch.tensor([1, -1])
     assert group_advantages(rewards, scale, baseline)[0].eq(0).all()
 
 
@@ -97,9 +97,9 @@ def test_process_advantages_sum_the_normalised_rewards_of_the_steps_still_to_end
 @given(numbers(-1e6, 1e6), st.integers(1, 12), dtypes)
 @example(0.1, 3, torch.float32)
 def test_equal_step_rewards_give_exactly_zero(value, width, dtype):
-    """Also beside a group of which one step earned more; and one step alone, if width is 1."""
+    """Also beside a group of which one step earned more and one less; and one step alone, if width is 1."""
     rewards, ends = torch.full((2, 2, width), value, dtype=dtype), torch.ones(2, 2, width, dtype=torch.bool)
-    rewards[1, 0, 0] += 1
+    rewards[1, :, 0] += torch.tensor([1, -1])
     assert process_advantages(rewards, ends)[0].eq(0).all()
     ends[0, 1] = False
     assert process_advantages(rewards, ends)[0].eq(0).all()
@@ -124,15 +124,15 @@ def next_token(x: Tensor) -> Tensor:
 @given(episodes(), fractions, fractions, garbage)
 def test_gae_is_the_discounted_sum_of_the_residuals(episode, gamma, gae_lambda, garbage):
     """GAE Eq. 16: sum_l (gamma lambda)^l delta_{t+l}, term by term. Returns are advantages + values. What stands in the
-    padding changes nothing, and both are 0 there."""
+    padding changes nothing, and both are 0 there. A dimension in front changes nothing."""
     token_rewards, values, mask = episode
     deltas = token_rewards + gamma * next_token(values) - values
     expected = torch.zeros_like(deltas)
     for distance in range(deltas.shape[1]):
         expected += (gamma * gae_lambda) ** distance * deltas
         deltas = next_token(deltas)
-    dirty = (x.masked_fill(~mask, garbage) for x in (token_rewards, values))
-    advantages, returns = gae(*dirty, mask, gamma, gae_lambda)
+    dirty = (x.masked_fill(~mask, garbage)[None] for x in (token_rewards, values))
+    advantages, returns = (x[0] for x in gae(*dirty, mask[None], gamma, gae_lambda))
     assert_close(advantages, expected, scale=100)
     assert_close(returns, advantages + values, scale=100)
     assert advantages[~mask].eq(0).all()

@@ -88,7 +88,7 @@ def test_unknown_estimators_and_wrong_shapes_are_refused():
 def test_exact_kl_is_the_sum_over_the_vocabulary(logits):
     """KL[p, q] = sum_v p(v) log(p(v) / q(v)), in both directions, against sums in plain Python."""
     p, q = logits.softmax(-1).tolist()                                                      # (V,) each
-    found = exact_kl(logits, logits.flip(0))                                                # (2,)
+    found = exact_kl(logits[None], logits.flip(0)[None])[0]                                 # (2,)
     assert_close(found[0], sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
     assert_close(found[1], sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)))
     assert_close(exact_kl(logits, logits + 3.0), 0.0)

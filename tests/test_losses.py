@@ -104,8 +104,7 @@ def test_metrics_are_the_ratio_and_the_kl_from_the_old_policy(loss, batch):
 @POLICY_LOSSES
 def test_approx_kl_is_never_negative_near_zero_in_float32(loss):
     """Where r - 1 - log r would round to less than 0."""
-    size = torch.logspace(-9, 1, 10_000)
-    log_ratio = torch.cat([size, -size])[None]                                              # (1, T)
+    log_ratio = torch.logspace(-9, 1, 10_000) * torch.tensor([[1.0], [-1.0]])               # (2, T)
     assert (log_ratio.exp() - 1 - log_ratio).min() < 0
     zero, mask = torch.zeros_like(log_ratio), torch.ones_like(log_ratio, dtype=torch.bool)
     assert metrics(loss, Batch(log_ratio, zero, zero, zero, mask))["approx_kl"].min() >= 0
@@ -124,6 +123,7 @@ def test_clip_bounds_are_one_minus_clip_eps_and_one_plus_clip_eps_high(loss, bat
     clipped = (torch.where(advantages >= 0, high, low) * advantages).where(batch.completion_mask, 0.0)
     assert torch.equal(-terms(loss, batch, **options), torch.minimum(unclipped, clipped))
     assert torch.equal(metrics(loss, batch, **options)["clip_frac"], (clipped < unclipped).float())
+    assert torch.equal(terms(loss, batch), terms(loss, batch, clip_eps=0.2, clip_eps_high=0.2))
 
 
 @pytest.mark.parametrize(("loss", "options"), [(ppo, {}), (ppo, {"beta_old": 2.0}), (grpo_without_kl, {})])
@@ -162,7 +162,7 @@ def test_the_kl_stands_outside_of_min_and_clip(batch, estimator, beta, level, we
     assert_close(-terms(grpo, batch, **options), expected, scale=(1 + beta) * kl.abs().max())
     assert torch.equal(metrics(grpo, batch, **options)["kl"], kl)
     assert metrics(grpo, without, **options)["kl"].eq(0).all()
-    assert torch.equal(terms(grpo, batch), terms(grpo, batch, beta=0.04, kl_estimator="k3"))
+    assert torch.equal(terms(grpo, batch), terms(grpo, batch, beta=0.04, kl_estimator="k3", kl_importance_weight=False))
 
 
 @given(batches(), betas, eps)
@@ -199,6 +199,7 @@ def test_the_value_loss_is_the_larger_of_the_plain_and_the_clipped_error(batch, 
     assert gradient[stuck].eq(0).all()
     assert clip_frac[stuck].eq(1).all()
     assert clip_frac[free | ~mask].eq(0).all()
+    assert torch.equal(terms(value, batch), terms(value, batch, value_clip_eps=0.2))
 
 
 # ----- The weights: what is averaged over what -----
@@ -285,9 +286,8 @@ def test_shapes_that_would_broadcast_and_names_that_are_none_are_refused(shape):
 @few_examples
 @given(batches(mask=masks(least=0)), estimators, betas, extra_columns, st.data())
 def test_token_rewards_pay_the_score_on_the_last_token_and_the_kl_on_every_token(batch, estimator, beta, extra, data):
-    """DeepSeekMath Eq. 2, exactly: r_t = -beta KL_t, and the last token that the mask counts has the score on top.
-    A row without a token is paid nothing. The padding changes nothing: beta = 0 makes no NaN of an infinite KL there.
-    What is paid is a number, however the KL was computed."""
+    """DeepSeekMath Eq. 2, exactly: r_t = -beta KL_t, and the last token that the mask counts has the score on top. A
+    row without a token is paid nothing; an infinite KL in the padding makes no NaN; nothing carries a gradient."""
     kl = kl_estimate(batch.logprobs, batch.ref_logprobs, estimator)                         # (N, T)
     scores = data.draw(tensors((len(kl),), -10.0, 10.0, st.just(kl.dtype)))                 # (N,)
     mask = pad(batch.completion_mask, (0, extra))
