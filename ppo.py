@@ -157,7 +157,7 @@ class Args:
     """compute dtype; weights stay float32; auto: bfloat16 on a GPU if the model has over 10 M parameters"""
     # The run
     seed: int = 1
-    """fixes training's random numbers, given the number of processes; evaluations do not depend on it"""
+    """fixes training's random numbers, given the number of processes; an evaluation's are always the same"""
     run_name: str | None = None
     """the run is kept in runs/RUN_NAME; default name: script, model, seed and time"""
     resume: bool = False
@@ -249,7 +249,7 @@ def sample_tokens(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         # tokens of a large vocabulary would vanish in the sum; torch.multinomial takes longer.
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)                                    # (R, V)
         threshold = (1 - torch.rand_like(cdf[:, :1])) * cdf[:, -1:]                         # (R, 1)
-        tokens = torch.searchsorted(cdf, threshold)[:, 0].clamp(max=cdf.shape[1] - 1)       # (R,), NaN: refused below
+        tokens = torch.searchsorted(cdf, threshold)[:, 0].clamp(max=cdf.shape[1] - 1)       # (R,), NaN is refused later
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -297,7 +297,7 @@ def rollout(
         [7, 8, 9]     [21,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
                       [22,  2,  0,  0]   [1, 1, 0, 0]       1.0        true      0         [1/8, 1/8, 0, 0]
 
-    The second was cut off, but is rewarded and, by default, trained. In GRPO the last group teaches only the KL.
+    The second was cut off, and is still rewarded and trained. In GRPO, the last group teaches only the KL.
     """
     # Each process samples for its own share of the prompts; all_gather gives every process the whole batch.
     rank, processes = world()

@@ -114,7 +114,7 @@ def test_approx_kl_is_never_negative_near_zero_in_float32(loss):
 @given(batches(), eps, st.none() | eps)
 def test_clip_bounds_are_one_minus_clip_eps_and_one_plus_clip_eps_high(loss, batch, clip_eps, clip_eps_high):
     """PPO Eq. 7: only the upper bound matters for A >= 0 and only the lower one for A < 0, exactly; DAPO's clip-higher
-    moves the upper one alone. `clip_frac` marks the tokens where the objective is less than rA."""
+    moves the upper one alone. `clip_frac` marks where the objective is less than rA. The default is 0.2."""
     options = dict(clip_eps=clip_eps, clip_eps_high=clip_eps_high)
     r, advantages = metrics(loss, batch)["ratio"], batch.advantages
     highest = 1 + (clip_eps if clip_eps_high is None else clip_eps_high)
@@ -152,7 +152,7 @@ def test_the_sequence_ratio_is_the_geometric_mean_of_the_tokens(batch):
 @given(batches(), estimators, betas, levels, st.booleans())
 def test_the_kl_stands_outside_of_min_and_clip(batch, estimator, beta, level, weighted):
     """DeepSeekMath Eq. 3: the objective less beta times the estimate, token by token; no reference, no KL.
-    DeepSeek-V3.2 multiplies it by the ratio of the token, also under GSPO. The default is beta = 0.04 and k3."""
+    DeepSeek-V3.2 multiplies it by the ratio of the token, also under GSPO. By default: 0.04, k3, unweighted."""
     kl = kl_estimate(batch.logprobs, batch.ref_logprobs, estimator).where(batch.completion_mask, 0.0)
     without = batch._replace(ref_logprobs=None)
     if weighted:
@@ -181,7 +181,7 @@ def test_the_penalised_objective_is_the_unclipped_one_less_beta_times_the_kl(bat
 @given(estimates(), value_eps)
 def test_the_value_loss_is_the_larger_of_the_plain_and_the_clipped_error(batch, value_clip_eps):
     """Ziegler et al.'s code: 1/2 max[(V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2]. The gradient is V - R, and
-    exactly 0 where the clipped error is the larger, which `clip_frac` marks; inside the range nothing is rounded."""
+    exactly 0 where the clipped error is the larger, which `clip_frac` marks; inside, nothing is rounded. eps is 0.2."""
     values, old_values, returns, mask = batch
     move = values - old_values
     plain = (values - returns).square().where(mask, 0.0)
