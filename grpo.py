@@ -259,7 +259,7 @@ def generate_completions(
         ids[rows, t], logprobs[rows, t] = sample_tokens(logits, temperature)
         running = running & ~torch.isin(ids[:, t], eos_ids)
     is_end = torch.isin(ids, eos_ids).long()                                                # (N, max_new_tokens)
-    mask = is_end.cumsum(1) - is_end == 0       # no EOS before: true through the first, else throughout
+    mask = is_end.cumsum(1) - is_end == 0       # (N, max_new_tokens), true through EOS, else throughout
     T = int(mask.sum(1).max())
     ids, mask, logprobs = ids.where(mask, 0)[:, :T], mask[:, :T], logprobs.where(mask, 0.0)[:, :T]
     assert logprobs.isfinite().all(), "the model's output is not finite"
